@@ -29,8 +29,8 @@ import torch.distributed as dist
 import tqdm
 import transformers
 
-from prepare_data import begin, load_rows, run
-from sft import load_model, on_rank0, plan, print0, score, setup
+from prepare_data import begin, run
+from sft import load_model, load_rows, plan, print0, score, setup
 
 # ------------------------------------------------------------------------------------------------------------------------ scores
 
@@ -204,7 +204,7 @@ def main(args):
     for path in paths:
         transformers.AutoConfig.from_pretrained(path)  # a bad path fails here
     names = {p: Path(p).name if [Path(q).name for q in paths].count(Path(p).name) == 1 else p.replace("/", "_") for p in paths}
-    make = on_rank0(begin, args.out, args, [*map(str, folders), *paths])
+    make = begin(args.out, args, [*map(str, folders), *paths], redo=True)
     if make is None:
         print0((Path(args.out) / "results.md").read_text())
         return print0(f"{args.out} is complete")

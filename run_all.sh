@@ -37,6 +37,7 @@ toy              sft    --lr 3e-3 --batch-size 64
 toy              dpo    --lr 1e-4 --batch-size 64 --hp beta=0.1
 toy              simpo  --lr 1e-4 --batch-size 64 --hp beta=2.0 --hp gamma=1.0
 toy              amapo  --lr 1e-4 --batch-size 64 --hp beta=2.5
+toy              other  --lr 1e-4 --batch-size 64
 mistral-base     sft    --lr 2e-5
 mistral-base     dpo    --lr 5e-7 --hp beta=0.01
 mistral-base     simpo  --lr 3e-7 --hp beta=2.0 --hp gamma=1.6
@@ -72,7 +73,8 @@ WHAT=${1:-compare}
 case $WHAT in
   test|soak)
     install requirements.txt tests/requirements.txt
-    exec "$PYTHON" -m pytest tests -q --durations 5 $([ "$WHAT" = soak ] || echo "-m not(soak)") ;;
+    select=("not soak"); [ "$WHAT" = test ] || select=("")
+    exec "$PYTHON" -m pytest tests -q --durations 5 -m "${select[0]}" ;;
   compare) install requirements.txt ;;
   *) echo "run_all.sh: unknown word $WHAT; there are: compare (the default), test, soak" >&2; exit 2 ;;
 esac
@@ -85,7 +87,10 @@ IFS='|' read -r _ model sft_data pref_data length <<< "$(tr -d ' ' <<< "$row")"
 MODEL=${MODEL:-$model} SFT_DATA=${SFT_DATA:-$sft_data} PREF_DATA=${PREF_DATA:-$pref_data} OUT=${OUT:-runs/$SETTING}
 [ "$MODEL" = toy ] || EVAL_DATA=${EVAL_DATA:-$EVALS}
 LOSSES=${LOSSES:-dpo simpo amapo} SEED=${SEED:-0}
-recipe() { awk -v s="$SETTING" -v l="$1" '$1 == s && $2 == l { $1 = $2 = ""; print }' <<< "$RECIPES"; }
+recipe() { # the arguments of a stage in this setting; a loss without a row gets the one called `other`
+  awk -v s="$SETTING" -v l="$1" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }
+    END { sub(/^ *[^ ]+/, "", found); print found }' <<< "$RECIPES"
+}
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}

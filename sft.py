@@ -17,7 +17,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import time
@@ -36,7 +35,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from prepare_data import batch_indices, begin, end_of_turn, load_rows, load_tokenizer, run
+from prepare_data import batch_indices, begin, end_of_turn, load_tokenizer, run
 
 # ------------------------------------------------------------------------------------------------------------------- processes
 
@@ -147,7 +146,16 @@ def on_rank0_model(path, how):
     return box[0] if box else None
 
 
-# --------------------------------------------------------------------------------------------------------------- micro-batches
+# --------------------------------------------------------------------------------------------------------- rows and micro-batches
+
+
+def load_rows(path):
+    """The rows of a prepared folder. ValueError if it is none."""
+    import datasets
+
+    if not (Path(path) / "dataset_info.json").exists():
+        raise ValueError(f"{path}: not a folder that prepare_data.py wrote")
+    return datasets.load_from_disk(str(path))
 
 
 def plan(rows, world, budget):
@@ -345,7 +353,7 @@ def start(args, inputs):
     config = transformers.AutoConfig.from_pretrained(args.model)  # a bad path fails here, before anything is written
     if len(tok) > config.vocab_size:
         raise ValueError(f"{args.data} was prepared with another tokenizer: {len(tok)} tokens, but {args.model} has {config.vocab_size}")
-    make = on_rank0(begin, args.out, args, [args.data, args.model, *inputs])
+    make = begin(args.out, args, [args.data, args.model, *inputs])
     if make is None:
         return print0(f"{args.out} is complete")
     scorer = load_model(args.model, device, args.recompute)

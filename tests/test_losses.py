@@ -1,0 +1,195 @@
+"""Every loss in LOSSES: its value against arithmetic and published examples, its gradient against finite differences, its sign, that it
+stays finite, that it is pure, and that it told the truth about looking across pairs.
+
+    python -m pytest tests/test_losses.py          # seconds
+
+A new loss needs no edit here: the parametrised tests pick it up from LOSSES.
+"""
+
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align import LOSSES, Logps, configure, draw_pairs
+
+G = 12
+
+
+def batch(seed=0, size=G, scale=20.0):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda: -scale * torch.rand(size, generator=g, dtype=torch.float64) - 0.1
+    lengths = lambda: torch.randint(3, 30, (size,), generator=g).double()
+    w, l, nw, nl = draw(), draw(), lengths(), lengths()
+    supply = dict(pi=Logps(w, l, nw, nl), ref=Logps(draw(), draw(), nw, nl), state={})
+    supply["gap"] = torch.rand(size, generator=g, dtype=torch.float64) + 0.1
+    return supply
+
+
+def call(name, supply, **hp):
+    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    out = LOSSES[name](*(supply[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY), **hp)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def pick(supply, index):
+    cut = lambda x: Logps(*(v[index] for v in x)) if isinstance(x, Logps) else x if isinstance(x, dict) else x[index]
+    return {k: cut(v) for k, v in supply.items()}
+
+
+def margins(r, n=10.0):
+    """Logps whose length-normalised margins are r: chosen at -1 a token, rejected at -1 - r."""
+    r = torch.tensor(r, dtype=torch.float64)
+    lengths = torch.full_like(r, n)
+    return Logps(-lengths, -lengths * (1 + r), lengths, lengths)
+
+
+every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
+
+
+# ------------------------------------------------------------------------------------------------------- what each must keep
+@every_loss
+def test_gradient_is_that_of_the_value(name, monkeypatch):
+    """Central differences in float64. What a loss detaches is held at its first value, as the definition of such a loss says."""
+    supply = batch(1)
+    held, replay, detach = [], [], torch.Tensor.detach
+    f = lambda w, l: call(name, supply | dict(pi=supply["pi"]._replace(w=w, l=l))).mean()
+    w, l = supply["pi"].w.clone().requires_grad_(), supply["pi"].l.clone().requires_grad_()
+    monkeypatch.setattr(torch.Tensor, "detach", lambda x: held.append(detach(x).clone()) or held[-1])
+    value = f(w, l)
+    monkeypatch.setattr(torch.Tensor, "detach", lambda x: replay.pop(0))
+    gw, gl = torch.autograd.grad(value, (w, l))
+    for x, g, side in ((w, gw, 0), (l, gl, 1)):
+        for k in range(G):
+            h, ends = torch.zeros(G, dtype=torch.float64), []
+            h[k] = 1e-5
+            for sign in (1, -1):
+                replay[:] = held
+                with torch.no_grad():
+                    ends.append((f(w + sign * h, l) if side == 0 else f(w, l + sign * h)).item())
+            assert math.isclose((ends[0] - ends[1]) / 2e-5, g[k].item(), rel_tol=1e-5, abs_tol=1e-9)
+
+
+@every_loss
+def test_shape_sign_and_purity(name):
+    supply = batch(2)
+    before = [v.clone() for v in supply["pi"]]
+    w, l = supply["pi"].w.clone().requires_grad_(), supply["pi"].l.clone().requires_grad_()
+    live = supply | dict(pi=supply["pi"]._replace(w=w, l=l))
+    first, again = call(name, live), call(name, live)
+    assert first.shape == (G,) and first.dtype == torch.float64 and torch.equal(first, again)
+    assert all(torch.equal(a, b) for a, b in zip(before, supply["pi"]))
+    gw, gl = torch.autograd.grad(first.sum(), (w, l))
+    assert (gw <= 0).all() and (gl >= 0).all() and (gw < 0).any() and (gl > 0).any(), "raising chosen or lowering rejected must not hurt"
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_at_extremes(name, dtype):
+    r = torch.tensor([-1e4, -1e4, -1e2, -1.0, -1e-9, 0.0, 0.0, 1e-9, 1.0, 1e2, 1e4, 1e4], dtype=dtype)
+    n = torch.ones_like(r)
+    w, l = (r.clamp(max=0.0)).requires_grad_(), (-r.clamp(min=0.0)).requires_grad_()
+    supply = batch(3) | dict(pi=Logps(w, l, n, n), ref=Logps(-n, -n, n, n), gap=n)
+    for index in (slice(None), slice(0, 1), slice(10, 12), slice(5, 7)):  # whole; one pair; equal r; all zero
+        out = call(name, pick(supply, index))
+        grads = torch.autograd.grad(out.sum(), (w, l))
+        assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
+
+
+@every_loss
+def test_declares_truly_whether_it_looks_across_pairs(name):
+    supply = batch(4)
+    whole = call(name, supply)
+    parts = torch.cat([call(name, pick(supply, slice(k, k + 3))) for k in range(0, G, 3)])
+    assert LOSSES[name].batch != torch.allclose(whole, parts, rtol=1e-12, atol=0)
+
+
+@every_loss
+def test_keyword_defaults_are_what_the_command_line_gets(name):
+    function, hp = configure(name, [])
+    assert all(p.default is not p.empty for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
+    assert torch.equal(call(name, batch(5)), call(name, batch(5), **hp))
+    assert function.__doc__
+
+
+# ------------------------------------------------------------------------------------------------------------------- values
+def test_dpo_values():
+    pi = Logps(*(torch.tensor([x], dtype=torch.float64) for x in (-10.0, -12.0, 5.0, 6.0)))
+    ref = Logps(*(torch.tensor([x], dtype=torch.float64) for x in (-11.0, -11.5, 5.0, 6.0)))
+    # beta * ((-10 + 11) - (-12 + 11.5)) = 0.1 * 1.5 = 0.15;  log(1 + exp(-0.15)) = 0.620957
+    assert call("dpo", dict(pi=pi, ref=ref)).item() == pytest.approx(0.6209570, abs=1e-6)
+    assert call("dpo", dict(pi=pi, ref=pi)).item() == pytest.approx(math.log(2), abs=1e-12)
+
+
+def test_simpo_values():
+    pi = Logps(*(torch.tensor([x], dtype=torch.float64) for x in (-10.0, -12.0, 5.0, 4.0)))
+    # 2 * (-10/5 + 12/4) - 1 = 2 * 1 - 1 = 1;  log(1 + exp(-1)) = 0.3132617
+    assert call("simpo", dict(pi=pi)).item() == pytest.approx(0.3132617, abs=1e-6)
+    assert call("simpo", dict(pi=pi), gamma=2.0).item() == pytest.approx(math.log(2), abs=1e-12)
+
+
+@pytest.mark.parametrize("r, form, expected", [  # worked by hand from the two formulas, beta = 2
+    ([-0.3, 0.1, 0.4, 0.8], "code", 1.494403), ([-0.3, 0.1, 0.4, 0.8], "paper", 1.760114),
+    ([0.3, -0.1, -0.4, -0.8], "code", 1.770610), ([0.3, -0.1, -0.4, -0.8], "paper", 2.159699)])
+def test_amapo_worked_examples(r, form, expected):
+    assert call("amapo", dict(pi=margins(r)), beta=2.0, form=form).mean().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_amapo_by_hand():
+    # r = (0, 1): mu = 0.5, unbiased deviation 1/sqrt(2), z of the lower = 0.5 * sqrt(2); margin = 2 exp(0.25 sqrt 2) = 2.848287
+    lower = math.log(1 + math.exp(2 * math.exp(0.25 * math.sqrt(2))))
+    out = call("amapo", dict(pi=margins([0.0, 1.0])), beta=2.0)
+    assert out[0].item() == pytest.approx(lower, rel=1e-9) and out[1].item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-9)
+
+
+def official_amapo(r, beta):
+    """An independent, pair-by-pair transcription of the formula of the official code (see README): plain Python floats."""
+    mu = sum(r) / len(r)
+    sigma = math.sqrt(sum((x - mu) ** 2 for x in r) / (len(r) - 1))
+    margins = [beta * math.exp((mu - x) / sigma * mu) if x < mu else 0.0 for x in r]
+    loss = [math.log1p(math.exp(-(beta * x - m))) for x, m in zip(r, margins)]
+    slope = [-beta / (1 + math.exp(beta * x - m)) for x, m in zip(r, margins)]  # dloss/dr at a fixed margin
+    return loss, slope
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=40).filter(lambda r: max(r) - min(r) > 1e-3), st.floats(0.5, 5))
+def test_amapo_value_and_gradient_against_the_official_formula(r, beta):
+    pi = margins(r)
+    w = pi.w.clone().requires_grad_()
+    out = call("amapo", dict(pi=pi._replace(w=w)), beta=beta)
+    loss, slope = official_amapo([(a - b).item() for a, b in zip(pi.w / pi.nw, pi.l / pi.nl)], beta)
+    assert torch.allclose(out, torch.tensor(loss, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    grad = torch.autograd.grad(out.sum(), w)[0]
+    assert torch.allclose(grad, torch.tensor(slope, dtype=torch.float64) / pi.nw, rtol=1e-6, atol=1e-12)
+
+
+def test_amapo_groups_are_consecutive_pairs():
+    pi = margins([0.3, -0.1, 0.5, 0.9, -0.7, 0.2, 0.4, 0.1, 0.05])
+    parts = [call("amapo", dict(pi=Logps(*(v[k : k + 4] for v in pi)))) for k in (0, 4, 8)]  # the last group is one pair
+    assert torch.equal(call("amapo", dict(pi=pi), group=4), torch.cat(parts))
+
+
+@pytest.mark.parametrize("r", [[0.7], [0.3] * 7, [0.1 + 0.2, 0.3, 0.3], [-0.4] * 3])
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_amapo_without_deviation_is_simpo_without_gamma(r, form):
+    pi = margins(r)
+    assert torch.equal(call("amapo", dict(pi=pi), beta=2.0, form=form), call("simpo", dict(pi=pi), beta=2.0, gamma=0.0))
+
+
+# ------------------------------------------------------------------------------------------------------- command line, pairs
+def test_configure_reads_and_refuses():
+    assert configure("amapo", ["beta=3", "group=8", "form=paper"])[1] | {} == dict(configure("amapo", [])[1], beta=3.0, group=8, form="paper")
+    for name, hp, word in (("dpoo", [], "amapo"), ("dpo", ["gamma=1"], "beta=0.1"), ("dpo", ["beta=x"], "float"), ("dpo", ["beta"], "float")):
+        with pytest.raises(ValueError, match=word):
+            configure(name, hp)
+
+
+def test_pairs_of_a_scored_list():
+    scores = [[1.0, 3.0, 2.0, 3.0], [5.0, 5.0], [0.0, 0.4]]
+    assert sorted(draw_pairs(scores, "all", 0.0)) == [(0, 1, 0), (0, 1, 2), (0, 2, 0), (0, 3, 0), (0, 3, 2), (2, 1, 0)]
+    assert draw_pairs(scores, "best-worst", 0.0) == [(0, 1, 0), (2, 1, 0)]
+    assert draw_pairs(scores, "best-worst", 0.5) == [(0, 1, 0)]
