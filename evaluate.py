@@ -1,20 +1,23 @@
 """Models -> numbers: ranking accuracy of every model on every evaluation set, with intervals.
 
-Each response of each row is scored once, with a log-softmax in fp32: the sum of its token log-probs, S, and their number, n. Of two
-responses the one with the higher score is ranked first, where the score is
+Every response is scored once, with a log-softmax in fp32: the sum S of its token log-probs and
+their number n. The response with the higher score is ranked first, where the score is
 
-    average    S / n                 length-normalised: the protocol of AMaPO and SimPO, and the default
+    average    S / n        length-normalised: the protocol of AMaPO and SimPO, the default
     sum        S
-    implicit   S - S_ref             DPO's implicit reward against --ref (summed, as in reward-bench)
+    implicit   S - S_ref    DPO's implicit reward against --ref, summed
 
-Accuracy is the share of comparisons in which the better response scores strictly higher; a tie is wrong, and ties are counted.
-A row of RM-Bench gives a 3x3 matrix: A[i][j] = chosen in style i beats rejected in style j; Easy is the mean of the lower triangle
-(the chosen one has the richer style), Normal of the diagonal, Hard of the upper triangle; domains count equally.
+Accuracy is the share of comparisons in which the better response scores strictly higher: a tie is
+wrong, and ties are counted. A row of RM-Bench (arXiv 2410.16184) gives a matrix, A[i][j] = chosen
+in style i beats rejected in style j: Easy is the mean of its lower triangle (the chosen one has the
+richer style), Normal of the diagonal, Hard of the upper triangle; domains count equally.
 
-    python evaluate.py runs/sft runs/dpo runs/amapo --ref runs/sft --data runs/data/eval --out runs/evaluation     # toy world: 1 min
+    python evaluate.py runs/toy/sft runs/toy/dpo --ref runs/toy/sft --data runs/toy/data/eval \\
+        --out runs/evaluation                                  # toy world, 2 cores: 1 minute
 
-Writes OUT/results.json, OUT/results.md, and every score: OUT/scores/MODEL/SET.json, a list of rows with `average` and `sum` for each
-response (for RM-Bench also `score_chosen` and `score_rejected`, as its own compute_accuracy reads them).
+Writes OUT/results.json, OUT/results.md and OUT/scores/MODEL/SET.json: rows with `average`, `sum`,
+`implicit` of each response, and for RM-Bench `score_chosen`, `score_rejected`, as its own
+compute_accuracy reads them.
 """
 
 import argparse
@@ -32,23 +35,23 @@ import transformers
 from prepare_data import begin, run
 from sft import load_model, load_rows, plan, print0, score, setup
 
-# ------------------------------------------------------------------------------------------------------------------------ scores
+# ---------------------------------------------------------------------------------------- scores
 
 
 def score_set(scorer, data, budget, device, desc):
-    """Summed log-probs in nats of all responses of all rows: a list of lists, the same on every rank."""
+    """Summed log-probs in nats of all responses, a list for each row; the same on every rank."""
     world, rank, scores = dist.get_world_size(), dist.get_rank(), []
-    with tqdm.tqdm(total=len(data), desc=desc, unit="row", disable=rank > 0) as bar, torch.no_grad():
+    bar = tqdm.tqdm(total=len(data), desc=desc, unit="row", disable=rank > 0)
+    with bar, torch.no_grad():
         for first in range(0, len(data), 256):
             batch = data[first : first + 256]
             rows = list(zip(batch["prompt"], batch["responses"]))
-            place, full = [], []  # place[i]: positions of row i's responses in one long list
-            for _, responses in rows:
-                place.append(range(len(full), len(full) + len(responses)))
-                full += [0.0] * len(responses)
-            full = torch.tensor(full, dtype=torch.float64, device=device)
+            ends = torch.tensor([len(rs) for _, rs in rows]).cumsum(0).tolist()
+            place = [range(end - len(rs), end) for end, (_, rs) in zip(ends, rows)]
+            full = torch.zeros(ends[-1], dtype=torch.float64, device=device)  # responses, in order
             for micro in plan(rows, world, budget)[rank]:
-                full[[k for i in micro for k in place[i]]] = score(scorer, rows, micro, device).double()
+                mine = [k for i in micro for k in place[i]]
+                full[mine] = score(scorer, rows, micro, device).double()
             dist.all_reduce(full)
             full = full.tolist()
             scores += [[full[k] for k in ks] for ks in place]
@@ -56,45 +59,50 @@ def score_set(scorer, data, budget, device, desc):
     return scores
 
 
-# ----------------------------------------------------------------------------------------------------------------------- metrics
-OFFICIAL_DOMAINS = ("chat", "math", "code", "safety")  # RM-Bench; a row belongs to the one that its domain begins with
-CELLS = dict(Easy=((1, 0), (2, 0), (2, 1)), Normal=((0, 0), (1, 1), (2, 2)), Hard=((0, 1), (0, 2), (1, 2)))  # (chosen, rejected) styles
+# --------------------------------------------------------------------------------------- metrics
+OFFICIAL_DOMAINS = ("chat", "math", "code", "safety")  # of RM-Bench; a domain begins with its name
+CELLS = dict(Easy=((1, 0), (2, 0), (2, 1)),  # (style of the chosen one, style of the rejected one)
+             Normal=((0, 0), (1, 1), (2, 2)),
+             Hard=((0, 1), (0, 2), (1, 2)))
 
 
-def comparisons(labels, styles, scores, column=None):
-    """One row's comparisons as [(score of the better, score of the worse)]: all pairs of unequal label, or one column of RM-Bench."""
-    if styles:
-        side = [{st: s for st, lab, s in zip(styles, labels, scores) if lab == want} for want in (max(labels), min(labels))]
-        return [(side[0][i], side[1][j]) for i, j in CELLS[column]]
-    n = range(len(labels))
-    return [(scores[a], scores[b]) for a in n for b in n if labels[a] > labels[b]]
+def comparisons(labels, styles, scores, column=""):
+    """One row's comparisons, [(score of the better response, score of the worse)]: all pairs of
+    unequal label, or those of a column of RM-Bench."""
+    if not styles:
+        n = range(len(labels))
+        return [(scores[a], scores[b]) for a in n for b in n if labels[a] > labels[b]]
+    table = {(label == max(labels), style): s for label, style, s in zip(labels, styles, scores)}
+    return [(table[True, i], table[False, j]) for i, j in CELLS[column]]
 
 
 def estimate(right, total, stratum):
-    """Accuracy and its 95 % interval. right, total: correct and all comparisons of each row; stratum: the row's domain.
+    """Accuracy and its 95 % interval: (value, low, high).
 
-    Ratio estimate in each stratum, plain mean over strata. Rows, not comparisons, are the independent units: the interval is
-    Wilson's at the effective sample size p (1 - p) / var with the between-row variance. Returns (value, low, high).
+    right, total: correct and all comparisons of each row.  stratum: the row's domain.
+    In each stratum the ratio of sums; over strata a plain mean. Rows, not comparisons, are the
+    independent units: Wilson's interval at the effective sample size p (1 - p) / variance.
     """
-    parts = {}
-    for r, t, s in zip(right, total, stratum):
-        parts.setdefault(s, []).append((r, t))
     values, variance = [], 0.0
-    for rows in parts.values():
+    names = list(dict.fromkeys(stratum))
+    for name in names:
+        rows = [(r, t) for r, t, s in zip(right, total, stratum) if s == name]
         r, t = torch.tensor(rows, dtype=torch.float64).T
         values.append((r.sum() / t.sum()).item())
-        residual = (r - values[-1] * t).square().sum() / t.sum() ** 2
-        variance += residual.item() * len(rows) / max(1, len(rows) - 1) / len(parts) ** 2
+        squares = (r - values[-1] * t).square().sum().item() / t.sum().item() ** 2
+        variance += squares * len(rows) / max(1, len(rows) - 1) / len(names) ** 2
     p, z = sum(values) / len(values), 1.959964
     n = p * (1 - p) / variance if variance > 0 else len(right)
-    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return p, max(0.0, middle - half), min(1.0, middle + half)
 
 
 def kendall_tau(labels, scores):
-    """Kendall's tau-b of one row; None where labels or scores are all equal."""
+    """Kendall's tau-b of one row; None where all labels or all scores are equal."""
     n = range(len(labels))
-    x, y = ([(v[a] > v[b]) - (v[a] < v[b]) for a in n for b in n if a < b] for v in (labels, scores))
+    signs = lambda v: [(v[a] > v[b]) - (v[a] < v[b]) for a in n for b in n if a < b]
+    x, y = signs(labels), signs(scores)
     norm = math.sqrt(sum(map(abs, x)) * sum(map(abs, y)))
     return sum(a * b for a, b in zip(x, y)) / norm if norm else None
 
@@ -104,154 +112,199 @@ def domain_of(name):
 
 
 def measure(data, scores, base=None):
-    """All numbers of one model, one kind of score, one set. base: the scores of --ref, for the flips.
+    """All numbers of one model, one kind of score, one set.
 
-    {column: dict(accuracy, low, high, ties, comparisons, rows[, tau, won, lost])}, and for RM-Bench `domains`: {domain:
-    dict(matrix, Easy, Normal, Hard, Avg, rows)} and `Avg`. Columns are "" for pairs and lists, Easy / Normal / Hard for RM-Bench.
+    base: the scores of --ref, for the flips. Returns {column: dict(accuracy, low, high, ties,
+    comparisons, rows[, tau, won, lost])}; the one column of pairs and lists is "", those of
+    RM-Bench are Easy, Normal, Hard, and it has `domains` (see rm_bench) and `Avg` as well.
     """
     labels, styles = data["scores"], data["style"]
-    styled = any(styles)
+    styled, out = any(styles), {}
     domains = [domain_of(d) if styled else "" for d in data["domain"]]
-    out = {}
     for column in CELLS if styled else [""]:
-        rows = [comparisons(lab, st, s, column) for lab, st, s in zip(labels, styles, scores)]
-        kept = [k for k, pairs in enumerate(rows) if pairs]  # a row of equal labels compares nothing
+        rows = [comparisons(*row, column) for row in zip(labels, styles, scores)]
+        kept = [k for k, pairs in enumerate(rows) if pairs]  # equal labels: nothing to compare
         right = [sum(a > b for a, b in rows[k]) for k in kept]
         total = [len(rows[k]) for k in kept]
         p, low, high = estimate(right, total, [domains[k] for k in kept])
         ties = sum(a == b for k in kept for a, b in rows[k]) / sum(total)
-        out[column] = dict(accuracy=p, low=low, high=high, ties=ties, comparisons=sum(total), rows=len(kept))
+        out[column] = dict(accuracy=p, low=low, high=high, ties=ties, comparisons=sum(total),
+                           rows=len(kept))
         if base:
-            old = [comparisons(lab, st, s, column) for lab, st, s in zip(labels, styles, base)]
-            flips = [((a > b), (c > d)) for k in kept for (a, b), (c, d) in zip(rows[k], old[k])]
-            out[column] |= dict(won=flips.count((True, False)) / len(flips), lost=flips.count((False, True)) / len(flips))
+            old = [comparisons(*row, column) for row in zip(labels, styles, base)]
+            flips = [(a > b, c > d) for k in kept for (a, b), (c, d) in zip(rows[k], old[k])]
+            out[column]["won"] = flips.count((True, False)) / len(flips)
+            out[column]["lost"] = flips.count((False, True)) / len(flips)
     if styled:
-        out["domains"] = {d: rm_bench([k for k, x in enumerate(domains) if x == d], labels, styles, scores) for d in dict.fromkeys(domains)}
+        out["domains"] = {}
+        for name in dict.fromkeys(domains):
+            rows = [r for r, d in zip(zip(labels, styles, scores), domains) if d == name]
+            out["domains"][name] = rm_bench(rows)
         out["Avg"] = sum(d["Avg"] for d in out["domains"].values()) / len(out["domains"])
     elif max(map(len, labels)) > 2:
-        taus = [t for lab, s in zip(labels, scores) if (t := kendall_tau(lab, s)) is not None]
-        out[""]["tau"] = sum(taus) / len(taus)
+        taus = [kendall_tau(*row) for row in zip(labels, scores)]
+        taus = [tau for tau in taus if tau is not None]
+        out[""]["tau"] = sum(taus) / max(1, len(taus))
     return out
 
 
-def rm_bench(rows, labels, styles, scores):
-    """The 3x3 matrix of one domain and its means."""
-    cells = {c: [comparisons(labels[k], styles[k], scores[k], c) for k in rows] for c in CELLS}
-    matrix = [[0.0] * 3 for _ in range(3)]
-    for column, places in CELLS.items():
-        for c, (i, j) in enumerate(places):
-            matrix[i][j] = sum(row[c][0] > row[c][1] for row in cells[column]) / len(rows)
-    means = {c: sum(matrix[i][j] for i, j in places) / 3 for c, places in CELLS.items()}
-    return dict(matrix=matrix, **means, Avg=sum(means.values()) / 3, rows=len(rows))
+def rm_bench(rows):
+    """One domain: rows [(labels, styles, scores)] -> its 3x3 matrix, Easy, Normal, Hard, Avg."""
+    out = dict(matrix=[[0.0] * 3 for _ in range(3)], rows=len(rows))
+    for column, cells in CELLS.items():
+        results = [comparisons(*row, column) for row in rows]
+        for c, (i, j) in enumerate(cells):
+            out["matrix"][i][j] = sum(r[c][0] > r[c][1] for r in results) / len(rows)
+        out[column] = sum(out["matrix"][i][j] for i, j in cells) / 3
+    return out | dict(Avg=(out["Easy"] + out["Normal"] + out["Hard"]) / 3)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ tables
+# ---------------------------------------------------------------------------------------- tables
+
+
+def table(head, lines):
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def accuracy_table(results):
+    """The main table: a row for each model and kind of score, a column for each set."""
+    columns = columns_of(results)
+    show = lambda v: f"{100 * v['accuracy']:.1f} [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
+    cells = lambda values: [show(values[name][c]) for name, c, _ in columns]
+    lines = [[model, kind, *cells(kinds[kind])] for kind in results["kinds"]
+             for model, kinds in results["models"].items() if kind in kinds]
+    lines.append(["the longer one wins", "", *cells(results["longer_wins"])])
+    return table(["model", "score by", *(title for _, _, title in columns)], lines)
+
+
+def columns_of(results):
+    """[(set, column of `measure`, title)]."""
+    several = sum(results["sets"].values()) > 1
+    return [(name, c, f"{name} {c}" if several and c else c or name)
+            for name, styled in results["sets"].items() for c in (CELLS if styled else [""])]
 
 
 def markdown(results):
-    """results.md: the table of accuracies by every kind of score, then flips, Kendall's tau, RM-Bench by domain."""
-    sets = results["sets"]
-    columns = [(name, c, c if c else name) for name, styled in sets.items() for c in (CELLS if styled else [""])]
-    if sum(sets.values()) > 1:
-        columns = [(name, c, f"{name} {c}".strip()) for name, c, _ in columns]
-    models = {m: r for m, r in results["models"].items()}
-
-    def table(head, lines):
-        lines = [head, ["---"] * len(head), *lines]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-    def row(values, show):
-        return [show(values[name][c]) if name in values else "" for name, c, _ in columns]
-
-    percent = lambda v: f"{100 * v['accuracy']:.1f} [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
-    lines = []
-    for kind in results["kinds"]:
-        lines += [[m, kind, *row(r[kind], percent)] for m, r in models.items() if kind in r]
-    lines.append(["the longer one wins", "", *row(results["longer_wins"], percent)])
+    """results.md: accuracies by every kind of score, flips, Kendall's tau, RM-Bench by domain."""
+    columns, models, longer = columns_of(results), results["models"], results["longer_wins"]
     text = "Ranking accuracy in % with its 95 % interval, by three scores of a response.\n\n"
-    text += table(["model", "score by", *(title for _, _, title in columns)], lines)
-    if flips := [[m, *row(r["average"], lambda v: f"+{100 * v['won']:.1f} -{100 * v['lost']:.1f}")]
-                 for m, r in models.items() if any("won" in v[c] for v in r["average"].values() for c in v if c in ("", "Easy"))]:
-        text += f"\nFlips since {results['ref']}, by average: + wrong to right, - right to wrong, % of comparisons.\n\n"
-        text += table(["model", *(title for _, _, title in columns)], flips)
-    if taus := [name for name, styled in sets.items() if not styled and "tau" in results["longer_wins"][name][""]]:
-        text += "\nKendall's tau-b, by average (the mean over prompts).\n\n"
-        text += table(["model", *taus], [[m, *(f"{r['average'][name]['']['tau']:.3f}" for name in taus)] for m, r in models.items()])
-    for name in (name for name, styled in sets.items() if styled):
+    text += accuracy_table(results)
+    flipped = [m for m, kinds in models.items() if "implicit" in kinds]  # all but the reference
+    if flipped:
+        text += (f"\nFlips since {results['ref']}, by average: + wrong to right, - right to wrong, "
+                 "% of comparisons.\n\n")
+        show = lambda v: f"+{100 * v['won']:.1f} -{100 * v['lost']:.1f}"
+        text += table(["model", *(title for _, _, title in columns)], [
+            [m, *(show(models[m]["average"][s][c]) for s, c, _ in columns)] for m in flipped])
+    if lists := [s for s in results["sets"] if "tau" in longer[s].get("", {})]:
+        text += "\nKendall's tau-b, by average (mean over prompts).\n\n"
+        text += table(["model", *lists], [
+            [m, *(f"{r['average'][s]['']['tau']:.3f}" for s in lists)] for m, r in models.items()])
+    for name in (name for name, styled in results["sets"].items() if styled):
+        domains = list(longer[name]["domains"])
         text += f"\n{name} by domain, by average: Easy / Normal / Hard / Avg, %.\n\n"
-        domains = list(results["longer_wins"][name]["domains"])
         show = lambda d: " / ".join(f"{100 * d[k]:.1f}" for k in (*CELLS, "Avg"))
-        rows = [(m, r["average"][name]) for m, r in models.items()] + [("the longer one wins", results["longer_wins"][name])]
-        text += table(["model", *domains, "mean of domains"],
-                      [[m, *(show(v["domains"][d]) for d in domains), f"{100 * v['Avg']:.1f}"] for m, v in rows])
-        if missing := [d for d in OFFICIAL_DOMAINS if d not in domains and set(domains) & set(OFFICIAL_DOMAINS)]:
-            text += f"\n{', '.join(missing)} absent: the mean is over {len(domains)} domains, not comparable to published RM-Bench numbers.\n"
+        rows = [(m, r["average"][name]) for m, r in models.items()]
+        text += table(["model", *domains, "mean of domains"], [
+            [m, *(show(v["domains"][d]) for d in domains), f"{100 * v['Avg']:.1f}"]
+            for m, v in [*rows, ("the longer one wins", longer[name])]])
+        missing = [d for d in OFFICIAL_DOMAINS if d not in domains]
+        if missing and len(missing) < len(OFFICIAL_DOMAINS):
+            text += (f"\n{', '.join(missing)} absent: a mean over {len(domains)} domains, not "
+                     "comparable to published RM-Bench numbers.\n")
     return text
 
 
-# -------------------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------ main
+
+
+def find_sets(root):
+    """{name: rows} of a folder of prepared sets, or of one set; in the order of report.json."""
+    folders = [root] if (root / "dataset_info.json").exists() else sorted(
+        f.parent for f in root.glob("*/dataset_info.json"))
+    if not folders:
+        raise ValueError(f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
+    report = root.parent / "report.json"
+    order = list(json.loads(report.read_text())["sets"]) if report.exists() else []
+    order = {name.removeprefix("eval/"): k for k, name in enumerate(order)}
+    folders.sort(key=lambda f: order.get(f.name, len(order)))
+    return {f.name: load_rows(f) for f in folders}
+
+
+def write_scores(folder, data, kinds, lengths):
+    """The scores of one model: FOLDER/SET.json. kinds: {kind: {set: [[score, ...], ...]}}."""
+    folder.mkdir(parents=True)
+    for name, rows in data.items():
+        out = []
+        for k, (i, domain, styles) in enumerate(zip(rows["id"], rows["domain"], rows["style"])):
+            scores = {kind: table[name][k] for kind, table in kinds.items()}
+            out.append(dict(id=i, domain=domain, tokens=lengths[name][k], **scores))
+            if styles:
+                average = scores["average"]
+                out[-1] |= dict(score_chosen=average[:3], score_rejected=average[3:])
+        (folder / f"{name}.json").write_text(json.dumps(out))
 
 
 def main(args):
-    device, root = setup(), Path(args.data)
-    folders = [root] if (root / "dataset_info.json").exists() else sorted(f.parent for f in root.glob("*/dataset_info.json"))
-    if not folders:
-        raise ValueError(f"{args.data}: no evaluation set; prepare_data.py --eval NAME=SOURCE writes them")
-    order = json.loads((root.parent / "report.json").read_text())["sets"] if (root.parent / "report.json").exists() else {}
-    folders.sort(key=lambda f: list(order).index(f"eval/{f.name}") if f"eval/{f.name}" in order else len(order))
-    sets = {f.name: load_rows(f) for f in folders}
+    device, sets = setup(), find_sets(Path(args.data))
     paths = list(dict.fromkeys([*([args.ref] if args.ref else []), *args.models]))
     for path in paths:
         transformers.AutoConfig.from_pretrained(path)  # a bad path fails here
-    names = {p: Path(p).name if [Path(q).name for q in paths].count(Path(p).name) == 1 else p.replace("/", "_") for p in paths}
-    make = begin(args.out, args, [*map(str, folders), *paths], redo=True)
+    short = [Path(p).name for p in paths]
+    names = {p: n if short.count(n) == 1 else p.strip("/").replace("/", "_")
+             for p, n in zip(paths, short)}
+    make = begin(args.out, args, [args.data, *paths], redo=True)
     if make is None:
-        print0((Path(args.out) / "results.md").read_text())
-        return print0(f"{args.out} is complete")
+        print0(accuracy_table(json.loads((Path(args.out) / "results.json").read_text())))
+        return print0(f"{args.out} is complete; more in {args.out}/results.md")
     sums = {}
     for path in paths:
         scorer = load_model(path, device)
-        sums[path] = {name: score_set(scorer, data, args.tokens_per_forward, device, f"{names[path]}: {name}") for name, data in sets.items()}
+        sums[path] = {name: score_set(scorer, data, args.tokens_per_forward, device,
+                                      f"{names[path]}: {name}") for name, data in sets.items()}
         del scorer
     if dist.get_rank():
         return
-    lengths = {name: [[len(r) for r in rs] for rs in data["responses"]] for name, data in sets.items()}
-    combine = lambda f, *tables: {name: [[f(*x) for x in zip(*rows)] for rows in zip(*(t[name] for t in tables))] for name in sets}
-    results = dict(args=vars(args), ref=names.get(args.ref), kinds=["average", "sum"] + ["implicit"] * bool(args.ref), models={},
-                   sets={name: any(data["style"]) for name, data in sets.items()},
-                   longer_wins={name: measure(data, lengths[name]) for name, data in sets.items()},
-                   versions=dict(torch=torch.__version__, transformers=transformers.__version__, device=device.type))
-    average = {p: combine(lambda s, n: s / n, sums[p], lengths) for p in paths}
+    lengths = {s: [[len(r) for r in rs] for rs in data["responses"]] for s, data in sets.items()}
+
+    def each(f, a, b):
+        return {s: [[f(*xy) for xy in zip(*rows)] for rows in zip(a[s], b[s])] for s in sets}
+
+    average = {path: each(lambda s, n: s / n, sums[path], lengths) for path in paths}
+    results = dict(
+        args=vars(args), ref=names.get(args.ref), models={},
+        kinds=["average", "sum"] + ["implicit"] * bool(args.ref),
+        sets={s: any(data["style"]) for s, data in sets.items()},
+        longer_wins={s: measure(data, lengths[s]) for s, data in sets.items()},
+        versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     out = make()
+    shutil.rmtree(out / "scores", ignore_errors=True)
     for path in paths:
-        kinds = dict(average=average[path], sum=sums[path])
+        kinds, base = dict(average=average[path], sum=sums[path]), {}
         if args.ref and path != args.ref:
-            kinds["implicit"] = combine(lambda s, r: s - r, sums[path], sums[args.ref])
-        flips = average[args.ref] if args.ref and path != args.ref else {}
+            kinds["implicit"] = each(lambda s, r: s - r, sums[path], sums[args.ref])
+            base = dict(average=average[args.ref])
         results["models"][names[path]] = {
-            kind: {name: measure(data, t[name], flips.get(name) if kind == "average" else None) for name, data in sets.items()}
-            for kind, t in kinds.items()}
-        folder = out / "scores" / names[path]
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in sets.items():
-            rows = [dict(id=i, domain=d, tokens=n, **{kind: t[name][k] for kind, t in kinds.items()})
-                    for k, (i, d, n) in enumerate(zip(data["id"], data["domain"], lengths[name]))]
-            for row, styles in zip(rows, data["style"]):
-                if styles:
-                    row |= dict(score_chosen=row["average"][:3], score_rejected=row["average"][3:])
-            (folder / f"{name}.json").write_text(json.dumps(rows))
+            kind: {s: measure(data, scores[s], base[kind][s] if kind in base else None)
+                   for s, data in sets.items()} for kind, scores in kinds.items()}
+        write_scores(out / "scores" / names[path], sets, kinds, lengths)
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "results.md").write_text(markdown(results))
     shutil.rmtree(args.out, ignore_errors=True)
     os.replace(out, args.out)
-    print(f"\n{(Path(args.out) / 'results.md').read_text()}\nwritten to {args.out}: results.md, results.json, scores/")
+    print(f"\n{accuracy_table(results)}\nmore: {args.out}/results.md")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face folders or hub ids")
-    parser.add_argument("--data", required=True, help="a folder of evaluation sets (DIR/eval of prepare_data.py), or one set")
-    parser.add_argument("--ref", help="the reference policy, usually the SFT model: gives implicit rewards and flips; scored as well")
-    parser.add_argument("--out", required=True, help="folder to write; it appears when complete")
-    parser.add_argument("--tokens-per-forward", type=int, default=16384, help="padded tokens of one forward per process")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="Hugging Face folders or hub ids")
+    add("--data", required=True, help="a folder of sets (DIR/eval of prepare_data.py), or one set")
+    add("--ref", help="the reference policy, usually the SFT model: gives implicit rewards and "
+        "flips, and is scored as well")
+    add("--out", required=True, help="folder to write; it appears when complete")
+    add("--tokens-per-forward", type=int, default=16384, help="padded tokens of one forward of a "
+        "process (default 16384)")
     run(main, parser)

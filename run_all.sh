@@ -34,10 +34,10 @@ llama3-instruct   | meta-llama/Meta-Llama-3-8B-Instruct | none       | princeton
 # setting, stage: its arguments. dpo and simpo as SimPO's repository tuned them (gamma = beta * its gamma/beta ratio), amapo as its own.
 RECIPES="
 toy              sft    --lr 3e-3 --batch-size 64
-toy              dpo    --lr 1e-4 --batch-size 64 --hp beta=0.1
-toy              simpo  --lr 1e-4 --batch-size 64 --hp beta=2.0 --hp gamma=1.0
-toy              amapo  --lr 1e-4 --batch-size 64 --hp beta=2.5
-toy              other  --lr 1e-4 --batch-size 64
+toy              dpo    --lr 3e-4 --batch-size 64 --hp beta=0.1
+toy              simpo  --lr 3e-4 --batch-size 64 --hp beta=2.0 --hp gamma=1.0
+toy              amapo  --lr 3e-4 --batch-size 64 --hp beta=2.5
+toy              other  --lr 3e-4 --batch-size 64
 mistral-base     sft    --lr 2e-5
 mistral-base     dpo    --lr 5e-7 --hp beta=0.01
 mistral-base     simpo  --lr 3e-7 --hp beta=2.0 --hp gamma=1.6
