@@ -37,9 +37,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 
-from prepare_data import batch_indices, fingerprint, run
-from sft import (cut_metrics, learning_rate, load_checkpoint, memory_gib, metrics_log, on_rank0,
-                 plan, print0, save_checkpoint, save_model, score, start, trainer_arguments, update)
+from prepare_data import fingerprint, run
+from sft import (batch_indices, cut_metrics, learning_rate, load_checkpoint, load_rows,
+                 memory_gib, metrics_log, on_rank0, plan, print0, save_checkpoint, save_model,
+                 score, start, trainer_arguments, update)
 
 # ---------------------------------------------------------------------------------------- losses
 # r = w / nw - l / nl, the length-normalised margin of a pair, is what models are ranked by.
@@ -226,8 +227,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     """Forward and backward of one global batch; the gradients add up in the parameters.
 
     rows: [(prompt, [chosen, rejected])] * G.  losses_of(leaf (2, g), here) -> losses (g,), state.
-    Returns losses (G,), logps (2, G) and dL/dlogp (2, G), where L is the mean over the G pairs, in
-    float64, in data order and equal on every rank; and the loss's new state.
+    Returns losses (G,), logps (2, G) and dL/dlogp (2, G), L the mean over G pairs: float64, in data
+    order, equal on every rank; and the loss's new state.
 
     The step is done in windows. The graphs of a window are kept until its losses are known:
       a loss of single pairs   a window is one micro-batch of every rank
@@ -239,8 +240,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     shares = plan(rows, world, budget)
     micros = shares[dist.get_rank()]
     logps, grads = torch.zeros(2, 2, size, dtype=torch.float64, device=device)
-    losses = torch.zeros(size, dtype=torch.float64, device=device)
-    state = {}
+    losses, state = torch.zeros(size, dtype=torch.float64, device=device), {}
 
     def settle(window, outs):
         nonlocal state
@@ -254,7 +254,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     step = range(len(micros))
     if replay:
         with torch.no_grad():
-            settle(step, [score(scorer, rows, micro, device) for micro in micros])
+            outs = [score(scorer, rows, micro, device) for micro in micros]
+        settle(step, outs)
     for window in [step] if batch and not replay else [[k] for k in step]:
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
@@ -285,13 +286,14 @@ def describe(losses, logps, grads, lengths):
 
 def main(args):
     function, hp = configure(args.loss, args.hp)
+    pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
+    if not pairs:
+        raise ValueError(f"{args.data}: no row has two responses whose scores differ, by at least "
+                         f"--min-gap {args.min_gap:g}")
     ready = start(args)
     if ready is None:
         return
     device, data, tok, scorer, optimizer, partial = ready
-    pairs = draw_pairs(data["scores"], args.pairs, args.min_gap)
-    if not pairs:
-        raise ValueError(f"{args.data}: no two responses of a row whose scores differ enough")
     steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(pairs) / args.batch_size))
     print0(f"{args.loss}({', '.join(f'{k}={v}' for k, v in hp.items())}): {len(pairs)} pairs x "
            f"{args.epochs:g} epochs / {args.batch_size} a step = {steps} steps, on "

@@ -33,7 +33,7 @@ import tqdm
 import transformers
 
 from prepare_data import begin, run
-from sft import load_model, load_rows, plan, print0, score, setup
+from sft import load_config, load_model, load_rows, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------------------- scores
 
@@ -229,7 +229,11 @@ def find_sets(root):
     order = list(json.loads(report.read_text())["sets"]) if report.exists() else []
     order = {name.removeprefix("eval/"): k for k, name in enumerate(order)}
     folders.sort(key=lambda f: order.get(f.name, len(order)))
-    return {f.name: load_rows(f) for f in folders}
+    sets = {f.name: load_rows(f) for f in folders}
+    for name, data in sets.items():
+        if all(len(set(labels)) < 2 for labels in data["scores"]):
+            raise ValueError(f"{root}: in {name} no two responses of a row differ in score")
+    return sets
 
 
 def write_scores(folder, data, kinds, lengths):
@@ -250,7 +254,7 @@ def main(args):
     device, sets = setup(), find_sets(Path(args.data))
     paths = list(dict.fromkeys([*([args.ref] if args.ref else []), *args.models]))
     for path in paths:
-        transformers.AutoConfig.from_pretrained(path)  # a bad path fails here
+        load_config(path)  # a bad one fails here, before anything is scored
     short = [Path(p).name for p in paths]
     names = {p: n if short.count(n) == 1 else p.strip("/").replace("/", "_")
              for p, n in zip(paths, short)}

@@ -19,6 +19,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import time
@@ -38,7 +39,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from prepare_data import batch_indices, begin, end_of_turn, load_tokenizer, run
+from prepare_data import begin, end_of_turn, load_tokenizer, run
 
 # ------------------------------------------------------------------------------------- processes
 
@@ -108,13 +109,22 @@ class Scorer(nn.Module):
         return -F.cross_entropy(logits, target, reduction="none")  # (chunk,)
 
 
+def load_config(path):
+    """The config of a Hugging Face folder or hub id; ValueError if there is none."""
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: neither a model folder nor a hub id within reach "
+                         f"({str(error).splitlines()[0]})") from None
+
+
 def load_model(path, device, recompute=False):
     """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout).
 
     Weights are fp32; on a GPU forward and backward run in bf16. Rank 0 alone reads the weights.
     recompute: activation checkpointing of every decoder layer.
     """
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = load_config(path)
     if scaled := [k for k in UNSUPPORTED if getattr(config, k, None) not in (None, 1.0)]:
         raise ValueError(f"{path}: its config sets {scaled[0]}, which the scorer does not apply")
     capped = getattr(config, "attn_logit_softcapping", None)  # Gemma-2; SDPA cannot do it
@@ -159,6 +169,14 @@ def load_rows(path):
     if not (Path(path) / "dataset_info.json").exists():
         raise ValueError(f"{path}: not a folder that prepare_data.py wrote")
     return datasets.load_from_disk(str(path))
+
+
+def batch_indices(n, batch_size, seed, step):
+    """Data order, a pure function: the positions of global batch `step` among n items. An epoch is
+    a permutation, and its last batch may be smaller."""
+    epoch, k = divmod(step, -(-n // batch_size))
+    order = random.Random(f"order {seed} {epoch}").sample(range(n), n)
+    return order[k * batch_size : (k + 1) * batch_size]
 
 
 def plan(rows, world, budget):
@@ -300,7 +318,9 @@ def cut_metrics(partial, step):
     path = partial / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     lines = [s for s in lines if s.endswith("}") and json.loads(s)["step"] <= step]
-    path.write_text("".join(s + "\n" for s in lines))
+    draft = partial / "metrics.draft"
+    draft.write_text("".join(s + "\n" for s in lines))
+    os.replace(draft, path)
     return json.loads(lines[0]) if lines else None
 
 
@@ -350,8 +370,12 @@ def save_model(scorer, tok, partial, args):
         eos = lm.generation_config.eos_token_id
         stops = {*(eos if isinstance(eos, list) else [eos]), tok.eos_token_id, end_of_turn(tok)[0]}
         lm.generation_config.eos_token_id = sorted(stops - {None})
+        if {"temperature", "top_p", "top_k"} & set(lm.generation_config.to_diff_dict()):
+            lm.generation_config.do_sample = True  # without it transformers refuses to save them
+        cast = {v.data_ptr(): v.to(dtype) for v in state.values()}  # tied weights stay one tensor
+        lm.save_pretrained(partial, state_dict={k: cast[v.data_ptr()] for k, v in state.items()})
         lm.config.dtype = dtype
-        lm.save_pretrained(partial, state_dict={k: v.to(dtype) for k, v in state.items()})
+        lm.config.save_pretrained(partial)
         tok.save_pretrained(partial)
         os.replace(partial, args.out)
         for folder in [*Path(args.out).glob("step-*"), *Path(args.out).glob("draft-*")]:
@@ -370,7 +394,7 @@ def start(args):
     if min(args.batch_size, args.tokens_per_forward, args.epochs) <= 0:
         raise ValueError("--batch-size, --tokens-per-forward and --epochs must be positive")
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
-    config = transformers.AutoConfig.from_pretrained(args.model)
+    config = load_config(args.model)
     if len(tok) > config.vocab_size:
         raise ValueError(f"{args.data} was prepared with another tokenizer: it has {len(tok)} "
                          f"tokens, {args.model} has {config.vocab_size}")
@@ -383,6 +407,8 @@ def start(args):
 
 
 def main(args):
+    if max(map(len, load_rows(args.data)["scores"])) > 1:
+        raise ValueError(f"{args.data}: has rows of several responses; SFT wants demonstrations")
     ready = start(args)
     if ready is None:
         return

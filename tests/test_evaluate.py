@@ -1,0 +1,296 @@
+"""evaluate.py: RM-Bench's averages as its own compute_accuracy takes them, Kendall's tau-b, intervals that cover, flips, ties;
+and from a saved model to results.md, every score equal to a plain transformers forward of one response.
+
+    python -m pytest tests/test_evaluate.py          # 20 s
+"""
+
+import itertools
+import json
+import math
+import random
+import shutil
+from collections import Counter
+
+import datasets
+import pytest
+import torch
+import transformers
+from conftest import plain_model, reference_logp, run_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import evaluate as E
+
+Z = 1.959963985  # the normal distribution's 97.5 % point
+
+
+def wilson(p, n):
+    """Wilson (1927), as on any statistics page."""
+    middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    return (middle - half) / (1 + Z**2 / n), (middle + half) / (1 + Z**2 / n)
+
+
+def table(scores, styles=None, domains=None):
+    """The columns of a prepared set that metrics read."""
+    return dict(scores=scores, style=styles or [[]] * len(scores), domain=domains or [""] * len(scores))
+
+
+# --------------------------------------------------------------------------------------------------------------------- RM-Bench
+
+
+def official(rows):
+    """RM-Bench's compute_accuracy, from its description (arXiv 2410.16184 and README), of rows (domain, chosen[3], rejected[3]):
+    {domain: (matrix, (easy, normal, hard))} and the means over domains."""
+    def one(rows):
+        a = [[sum(c[i] > r[j] for _, c, r in rows) / len(rows) for j in range(3)] for i in range(3)]
+        easy, normal = (a[1][0] + a[2][0] + a[2][1]) / 3, (a[0][0] + a[1][1] + a[2][2]) / 3
+        return a, (easy, normal, (a[0][1] + a[0][2] + a[1][2]) / 3)
+
+    domains = {d: one(part) for d in ("chat", "math", "code", "safety") if (part := [r for r in rows if r[0].startswith(d)])}
+    return domains, [sum(three[k] for _, three in domains.values()) / len(domains) for k in range(3)]
+
+
+@pytest.mark.parametrize("names", ["chat math code safety-refuse safety-response", "chat_filtered safety-refuse_filtered"])
+def test_rm_bench_is_the_official_average(names):
+    rng, names = random.Random(len(names)), names.split()
+    three = lambda: [rng.randrange(6) for _ in range(3)]  # of 0 to 5, so there are ties
+    rows = [(rng.choice([*names, names[-1]]), three(), three()) for _ in range(300)]  # domains of unequal size
+    columns = table([[1, 1, 1, 0, 0, 0]] * 300, [[0, 1, 2, 0, 1, 2]] * 300, [d for d, _, _ in rows])
+    out = E.measure(columns, [c + r for _, c, r in rows])
+    domains, overall = official(rows)
+    assert [out[k]["accuracy"] for k in ("Easy", "Normal", "Hard")] == pytest.approx(overall)
+    assert out["Avg"] == pytest.approx(sum(overall) / 3)
+    assert set(out["domains"]) == set(domains)  # safety-refuse and safety-response are pooled, row by row
+    for name, (cells, three) in domains.items():
+        got = out["domains"][name]
+        assert sum(got["matrix"], []) == pytest.approx(sum(cells, []))
+        assert [got[k] for k in ("Easy", "Normal", "Hard")] == pytest.approx(three)
+        assert got["Avg"] == pytest.approx(sum(three) / 3) == pytest.approx(sum(sum(cells, [])) / 9)
+        assert got["rows"] == sum(d.startswith(name) for d, _, _ in rows)
+    places = dict(Easy=[(1, 0), (2, 0), (2, 1)], Normal=[(0, 0), (1, 1), (2, 2)], Hard=[(0, 1), (0, 2), (1, 2)])
+    for k, cells in places.items():
+        assert out[k]["ties"] == pytest.approx(sum(c[i] == r[j] for _, c, r in rows for i, j in cells) / 900)
+        assert (out[k]["comparisons"], out[k]["rows"]) == (900, 300) and out[k]["low"] < out[k]["accuracy"] < out[k]["high"]
+    shuffled = [3, 1, 5, 0, 2, 4]  # responses are told apart by label and style, not by place
+    mixed = {k: [[v[i] for i in shuffled] for v in columns[k]] for k in ("scores", "style")} | dict(domain=columns["domain"])
+    assert E.measure(mixed, [[(c + r)[i] for i in shuffled] for _, c, r in rows]) == out
+
+
+# ------------------------------------------------------------------------------------------------------- pairs, lists, flips, tau
+
+
+def test_pairs_strictly_and_ties_are_wrong():
+    out = E.measure(table([[1, 0], [0, 1], [2, 7], [1, 0], [1, 1]]), [[-1, -2], [-1, -2], [-3, -3], [-2, -1], [-1, -2]])[""]
+    assert (out["accuracy"], out["ties"], out["comparisons"], out["rows"]) == (1 / 4, 1 / 4, 4, 4) and "tau" not in out
+
+
+def test_lists_compare_all_pairs_of_unequal_label():
+    # labels 2 1 1 0, scores 4 3 9 3: of five pairs (not 1-1) 4>3, 4<9, 4>3, 3=3, 9>3: three right, one tie
+    # labels 1 0 0, scores 7 6 8: 7>6, 7<8. Equal labels compare nothing
+    out = E.measure(table([[2, 1, 1, 0], [1, 0, 0], [5, 5, 5]]), [[4, 3, 9, 3], [7, 6, 8], [1, 2, 3]])[""]
+    assert (out["accuracy"], out["ties"], out["comparisons"], out["rows"]) == (pytest.approx(4 / 7), pytest.approx(1 / 7), 7, 2)
+    # tau-b: concordant 3, discordant 1; pairs untied in labels 5, in scores 5: 2/5. Then 1 - 1 over sqrt(2 * 3). Last: none
+    assert out["tau"] == pytest.approx((2 / 5 + 0) / 2)
+
+
+def test_flips_by_arithmetic():
+    base, new = [[1, 0], [1, 0], [0, 1], [0, 1], [1, 1]], [[1, 0], [0, 1], [1, 0], [1, 0], [2, 1]]
+    out = E.measure(table([[1, 0]] * 5), new, base)[""]
+    assert (out["won"], out["lost"], out["accuracy"]) == (3 / 5, 1 / 5, 4 / 5)  # a tie before, right now: won
+    assert out["accuracy"] - E.measure(table([[1, 0]] * 5), base)[""]["accuracy"] == pytest.approx(out["won"] - out["lost"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=7))
+def test_tau_b_is_kendalls(pairs):
+    x, y = zip(*pairs)  # Kendall (1945): (P - Q) / sqrt((n0 - n1) (n0 - n2)), n1 and n2 from the sizes of the groups of ties
+    both = list(itertools.combinations(pairs, 2))
+    sign = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in both]
+    ties = [sum(t * (t - 1) // 2 for t in Counter(v).values()) for v in (x, y)]
+    norm = (len(both) - ties[0]) * (len(both) - ties[1])
+    got = E.kendall_tau(x, y)
+    concordant, discordant = sum(s > 0 for s in sign), sum(s < 0 for s in sign)
+    assert got is None if norm == 0 else got == pytest.approx((concordant - discordant) / math.sqrt(norm))
+
+
+def test_tau_b_published_examples():
+    assert E.kendall_tau([12, 2, 1, 12, 2], [1, 4, 7, 1, 0]) == pytest.approx(-0.4714045)  # the example of scipy's documentation
+    assert E.kendall_tau([1, 2, 3], [-3, -2, -1]) == 1 and E.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+
+
+def test_all_ties_are_a_number_not_a_crash():
+    out = E.measure(table([[2, 1, 0], [1, 0, 1]]), [[0.0] * 3, [0.0] * 3])[""]  # implicit rewards of the reference's own copy
+    assert (out["accuracy"], out["ties"], out["comparisons"]) == (0, 1, 5)
+
+
+# -------------------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_one_comparison_a_row_gives_wilson():
+    # variance of a mean of n zeros and ones with n - 1 below: p (1 - p) / (n - 1), so Wilson's interval at n - 1
+    for right, n in ((30, 40), (1, 12), (129, 300)):
+        p, low, high = E.estimate([1] * right + [0] * (n - right), [1] * n, [""] * n)
+        assert p == right / n and (low, high) == pytest.approx(wilson(right / n, n - 1), abs=1e-6)
+    for right in (0, 25):  # no variance to be seen: Wilson at n
+        assert E.estimate([right // 25] * 25, [1] * 25, [""] * 25)[1:] == pytest.approx(wilson(right // 25, 25), abs=1e-6)
+
+
+def test_strata_are_averaged_plainly_and_their_variances_add():
+    right, stratum = [1] * 90 + [0] * 10 + [1] * 4 + [0] * 16, ["chat"] * 100 + ["math"] * 20
+    p, low, high = E.estimate(right, [1] * 120, stratum)
+    variance = (0.9 * 0.1 / 99 + 0.2 * 0.8 / 19) / 4  # of (p1 + p2) / 2
+    assert p == pytest.approx((0.9 + 0.2) / 2) and (low, high) == pytest.approx(wilson(0.55, 0.55 * 0.45 / variance), abs=1e-6)
+
+
+def test_rows_not_comparisons_are_the_units():
+    rng = random.Random(0)
+    rows = [6 * (rng.random() < 0.7) for _ in range(60)]  # all six comparisons of a row stand or fall together
+    p, low, high = E.estimate(rows, [6] * 60, [""] * 60)
+    alone = E.estimate([r // 6 for r in rows], [1] * 60, [""] * 60)
+    assert (p, low, high) == pytest.approx(alone)
+    spread = E.estimate([1] * sum(rows) + [0] * (360 - sum(rows)), [1] * 360, [""] * 360)
+    assert spread[0] == pytest.approx(p) and high - low > 2 * (spread[2] - spread[1])  # sqrt(6) = 2.4
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6), st.sampled_from("abc")), min_size=1, max_size=20))
+def test_intervals_lie_in_zero_one_around_the_value(rows):
+    right, total, stratum = zip(*((min(r, t), t, s) for r, t, s in rows))
+    p, low, high = E.estimate(right, total, stratum)
+    assert 0 <= low <= p + 1e-12 and p - 1e-12 <= high <= 1 and low < high
+
+
+def test_the_interval_covers_the_truth():
+    rng, hits, runs = random.Random(1), 0, 400
+    for _ in range(runs):  # 60 rows of 1 to 6 comparisons; a row's rate is uniform on [0.4, 1] or, in y, [0, 0.8]: mean 0.55
+        stratum = [rng.choice("xy") for _ in range(60)]
+        rate = [rng.uniform(0.4, 1) if s == "x" else rng.uniform(0, 0.8) for s in stratum]
+        total = [rng.randrange(1, 7) for _ in rate]
+        _, low, high = E.estimate([sum(rng.random() < q for _ in range(t)) for q, t in zip(rate, total)], total, stratum)
+        hits += low <= 0.55 <= high
+    assert 0.92 < hits / runs < 0.98  # 0.95 +- 2.75 standard errors of 0.011
+
+
+# -------------------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two random Llamas `a` and `b`, a copy of `a`, and a folder of a pair set, a list set and an RM-Bench set."""
+    top, rng = tmp_path_factory.mktemp("world"), random.Random(0)
+    config = transformers.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        transformers.LlamaForCausalLM(config).save_pretrained(top / name)
+    shutil.copytree(top / "a", top / "copy")
+    ids = lambda low, high: [rng.randrange(60) for _ in range(rng.randint(low, high))]
+    sets = dict(pairs=([1.0, 0.0], [], 9), lists=([2.0, 1.0, 1.0, 0.0], [], 6), bench=([1.0] * 3 + [0.0] * 3, [0, 1, 2] * 2, 7))
+    for name, (scores, style, n) in sets.items():
+        rows = [dict(id=f"{name}{k}", prompt=ids(1, 12), responses=[ids(1, 20) for _ in scores], scores=scores,
+                     domain=["chat", "math"][k % 2], style=style, meta="{}") for k in range(n)]
+        datasets.Dataset.from_list(rows).save_to_disk(str(top / "eval" / name))
+    return top
+
+
+@pytest.fixture(scope="module")
+def results(world):
+    run_here("evaluate.py", world / "b", "--ref", world / "a", "--data", world / "eval", "--out", world / "out")
+    return json.loads((world / "out/results.json").read_text())
+
+
+def rows_of(world, name, model, out="out"):
+    scores = json.loads((world / out / "scores" / model / f"{name}.json").read_text())
+    return datasets.load_from_disk(str(world / "eval" / name)), scores
+
+
+def test_scores_are_those_of_transformers_alone(world, results):
+    lms = {m: plain_model(world / m) for m in "ab"}
+    for name in ("pairs", "lists", "bench"):
+        for model in "ab":
+            data, scores = rows_of(world, name, model)
+            assert [r["id"] for r in scores] == data["id"]
+            for row, got in zip(data, scores):
+                with torch.no_grad():
+                    own, ref = ([reference_logp(lms[m], row["prompt"], r).item() for r in row["responses"]] for m in (model, "a"))
+                assert got["sum"] == pytest.approx(own, abs=1e-4) and got["tokens"] == list(map(len, row["responses"]))
+                assert got["average"] == pytest.approx([s / len(r) for s, r in zip(own, row["responses"])], abs=1e-4)
+                assert model == "a" or got["implicit"] == pytest.approx([s - r for s, r in zip(own, ref)], abs=2e-4)
+                assert name != "bench" or got["score_chosen"] + got["score_rejected"] == got["average"]
+
+
+def test_numbers_are_those_of_the_scores(world, results):
+    for model in "ab":
+        data, scores = rows_of(world, "bench", model)
+        exported = [(r["domain"], r["score_chosen"], r["score_rejected"]) for r in scores]  # what the official code reads
+        assert [results["models"][model]["average"]["bench"][k]["accuracy"] for k in ("Easy", "Normal", "Hard")] == \
+            pytest.approx(official(exported)[1])
+        for kind in ("average", "sum") + ("implicit",) * (model == "b"):
+            _, scores = rows_of(world, "pairs", model)
+            got = results["models"][model][kind]["pairs"][""]
+            assert got["accuracy"] == pytest.approx(sum(r[kind][0] > r[kind][1] for r in scores) / 9) and got["comparisons"] == 9
+            _, scores = rows_of(world, "lists", model)  # labels 2 1 1 0
+            right = [r[kind][i] > r[kind][j] for r in scores for i, j in ((0, 1), (0, 2), (0, 3), (1, 3), (2, 3))]
+            assert results["models"][model][kind]["lists"][""]["accuracy"] == pytest.approx(sum(right) / 30)
+    before, after = ([r["average"][0] > r["average"][1] for r in rows_of(world, "pairs", m)[1]] for m in "ab")
+    got = results["models"]["b"]["average"]["pairs"][""]
+    assert got["won"] == pytest.approx(sum(y > x for x, y in zip(before, after)) / 9)
+    assert got["lost"] == pytest.approx(sum(y < x for x, y in zip(before, after)) / 9)
+    longer = [len(r["responses"][0]) > len(r["responses"][1]) for r in rows_of(world, "pairs", "a")[0]]
+    assert results["longer_wins"]["pairs"][""]["accuracy"] == pytest.approx(sum(longer) / 9)
+
+
+def test_a_copy_of_the_reference_ties_everywhere(world):
+    run_here("evaluate.py", world / "copy", "--ref", world / "a", "--data", world / "eval", "--out", world / "same")
+    results = json.loads((world / "same/results.json").read_text())["models"]["copy"]
+    for name, columns in dict(pairs=[""], lists=[""], bench=["Easy", "Normal", "Hard"]).items():
+        for column in columns:
+            implicit, average = results["implicit"][name][column], results["average"][name][column]
+            assert (implicit["accuracy"], implicit["ties"], average["won"], average["lost"]) == (0, 1, 0, 0)
+
+
+def test_the_table_has_a_row_for_every_model_and_kind(world, results):
+    text = (world / "out/results.md").read_text()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.split("\n\n")[1].splitlines()]
+    assert sorted(cells[0][2:]) == ["Easy", "Hard", "Normal", "lists", "pairs"]
+    assert all(len(row) == 7 and all(row[2:]) for row in cells)
+    wanted = [*itertools.product("ab", ("average", "sum")), ("b", "implicit")]
+    assert sorted((r[0], r[1]) for r in cells[2:] if r[1]) == sorted(wanted)
+    assert [r[0] for r in cells[2:] if not r[1]] == ["the longer one wins"]
+    b = next(r for r in cells if r[:2] == ["b", "sum"])[cells[0].index("pairs")]
+    got = results["models"]["b"]["sum"]["pairs"][""]
+    assert b == f"{100 * got['accuracy']:.1f} [{100 * got['low']:.1f}, {100 * got['high']:.1f}]"
+    assert "code, safety absent" in text and E.markdown(results) == text
+
+
+def test_batching_changes_nothing(world, results):
+    for budget in (1, 64):  # every row alone; a few rows together. The default takes all at once
+        out = f"out{budget}"
+        run_here("evaluate.py", world / "b", "--data", world / "eval", "--out", world / out, "--tokens-per-forward", budget)
+        for name in ("pairs", "lists", "bench"):
+            for one, two in zip(rows_of(world, name, "b", out)[1], rows_of(world, name, "b")[1], strict=True):
+                assert one["sum"] == pytest.approx(two["sum"], rel=1e-5)
+
+
+def test_one_set_and_a_second_call(world, capsys):
+    outputs, stamps = [], []
+    for _ in range(2):
+        run_here("evaluate.py", world / "a", "--data", world / "eval/pairs", "--out", world / "single")
+        outputs.append(capsys.readouterr().out)
+        stamps.append((world / "single/results.json").stat().st_mtime_ns)
+    table = (world / "single/results.md").read_text().split("\n\n")[1]
+    assert "| a | sum |" in table and all(table in text for text in outputs)
+    assert "complete" in outputs[1] and stamps[0] == stamps[1]  # nothing was written again
+    assert list(json.loads((world / "single/results.json").read_text())["sets"]) == ["pairs"]
+
+
+@pytest.mark.parametrize("model, data", [("none", "eval"), ("a", "none"), ("a", "a"), ("empty", "eval"), ("a", "tied")])
+def test_bad_paths_are_one_line_and_leave_nothing(world, model, data):
+    (world / "empty").mkdir(exist_ok=True)
+    shutil.copy(world / "a/config.json", world / "empty")  # a model without weights
+    if data == "tied":  # a set in which nothing is better than anything else, such as DIR/sft
+        row = dict(id="0", prompt=[1], responses=[[2]], scores=[1.0], domain="", style=[], meta="{}")
+        datasets.Dataset.from_list([row]).save_to_disk(str(world / "tied"))
+    with pytest.raises(SystemExit) as error:
+        run_here("evaluate.py", world / model, "--data", world / data, "--out", world / "bad")
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code and not list(world.glob("bad*"))

@@ -1,0 +1,226 @@
+"""sft.py's model side against plain transformers, torch and bitsandbytes, for Llama, Mistral, Qwen 2 and 3, and Gemma-2.
+
+Proves: scores and gradients of the sharded scorer, under any micro-batches, head chunks and recomputation; the plan of micro-batches;
+the learning rate; both optimizers; the saved folder. One process; two processes are in test_train.py.
+
+    python -m pytest tests/test_model.py -q
+"""
+
+import json
+import math
+import random
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+import transformers
+from conftest import ARCHITECTURES, plain_model, process_group, reference_logp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sft
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    with process_group():
+        yield
+
+
+def random_rows(seed, vocabulary=310):
+    """Prompts with 1 to 4 responses of mixed lengths: 17 sequences, some far longer than the sliding window of 8."""
+    rng = random.Random(seed)
+    ids = lambda low, high: [rng.randrange(vocabulary) for _ in range(rng.randint(low, high))]
+    return [(ids(1, 14), [ids(1, 24) for _ in range(n)]) for n in (1, 2, 4, 2, 1, 3, 2, 2)]
+
+
+def scores_and_gradients(scorer, rows, weights, budget):
+    """Summed log-probs in row order, and the gradients of their weighted sum as {name: tensor}, through plan and score."""
+    scores = [None] * len(rows)
+    scorer.zero_grad()
+    for micro in sft.plan(rows, 1, budget)[0]:
+        out = sft.score(scorer, rows, micro, CPU)
+        out.backward(torch.cat([weights[i] for i in micro]))
+        for i, part in zip(micro, out.detach().split([len(rows[i][1]) for i in micro])):
+            scores[i] = part
+    return torch.cat(scores), {n.removeprefix("lm."): p.grad.full_tensor() for n, p in scorer.named_parameters()}
+
+
+def close(a, b, tolerance=1e-5):
+    return (a.double() - b.double()).norm() <= tolerance * b.double().norm()
+
+
+# -------------------------------------------------------------------------------------------------------------- scores and gradients
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_scores_and_gradients_are_those_of_transformers_alone(name, models, monkeypatch):
+    rows = random_rows(1)
+    weights = [torch.randn(len(rs), generator=torch.Generator().manual_seed(i)) for i, (_, rs) in enumerate(rows)]
+    lm = plain_model(models[name]).eval()
+    expected = torch.stack([reference_logp(lm, p, r) for p, rs in rows for r in rs])
+    (expected * torch.cat(weights)).sum().backward()
+    gradients = {n: p.grad for n, p in lm.named_parameters()}
+    norm = torch.stack([g.double().norm() for g in gradients.values()]).norm()
+    for recompute in (False, True):
+        scorer = sft.load_model(str(models[name]), CPU, recompute)
+        calls = []
+        scorer.lm.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        for budget, chunk in ((10**6, 1024), (10**6, 7), (80, 1024), (1, 3)):
+            monkeypatch.setattr(sft, "HEAD_CHUNK", chunk)
+            calls.clear()
+            found, grads = scores_and_gradients(scorer, rows, weights, budget)
+            assert len(calls) == len(sft.plan(rows, 1, budget)[0]) * (1 + recompute)
+            torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=0)
+            assert grads.keys() == gradients.keys()
+            assert torch.stack([(grads[n] - gradients[n]).double().norm() for n in grads]).norm() <= 1e-5 * norm
+            assert all(close(grads[n], g, 1e-4) for n, g in gradients.items() if g.norm() > 1e-3 * norm)
+
+
+@pytest.mark.parametrize("name, change", [("mistral", dict(sliding_window=None)), ("gemma2", dict(final_logit_softcapping=None)),
+                                          ("gemma2", dict(attn_logit_softcapping=None)), ("gemma2", dict(sliding_window=200))])
+def test_the_test_models_show_a_window_or_soft_cap_that_is_ignored(name, change, models):
+    lm, other = plain_model(models[name]), plain_model(models[name]).state_dict()
+    changed = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(models[name], **change), attn_implementation="eager")
+    changed.load_state_dict(other)
+    prompt, response = max(((p, r) for p, rs in random_rows(1) for r in rs), key=lambda pair: len(pair[0] + pair[1]))
+    with torch.no_grad():
+        a, b = reference_logp(lm, prompt, response), reference_logp(changed, prompt, response)
+    assert abs(a - b) > 1e-3 * abs(a)
+
+
+@pytest.mark.parametrize("key", ["logit_scale", "logits_scaling", "lm_head_multiplier"])
+def test_a_config_that_scales_logits_is_refused(key, models, tmp_path):
+    shutil.copytree(models["llama"], tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    for value in (1.0, 0.5):
+        (tmp_path / "m/config.json").write_text(json.dumps(config | {key: value}))
+        if value == 1.0:
+            sft.load_model(str(tmp_path / "m"), CPU)
+            continue
+        with pytest.raises(ValueError, match=key):
+            sft.load_model(str(tmp_path / "m"), CPU)
+
+
+# --------------------------------------------------------------------------------------------------------- plan and learning rate
+
+ROWS = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=6)), min_size=1, max_size=40)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ROWS, st.integers(1, 9), st.integers(1, 800))
+def test_plan(shape, world, budget):
+    rows = [([0] * p, [[0] * r for r in rs]) for p, rs in shape]
+    width = [p + max(rs) for p, rs in shape]
+    padded = lambda micro: max(width[i] for i in micro) * sum(len(rows[i][1]) for i in micro)
+    shares = sft.plan(rows, world, budget)
+    assert len(shares) == world and len(set(map(len, shares))) == 1 and shares[0][0]
+    assert sorted(i for share in shares for micro in share for i in micro) == list(range(len(rows)))
+    assert all(len(micro) == 1 or padded(micro) <= budget for share in shares for micro in share if micro)
+    sizes = [sum(map(len, share)) for share in shares]
+    assert max(sizes) - min(sizes) <= 1  # rows are dealt out evenly
+    for share in shares:  # no micro-batch ends before it is full, and the widest comes first
+        full = [micro for micro in share if micro]
+        assert share[: len(full)] == full
+        assert all(padded([*a, b[0]]) > budget for a, b in zip(full, full[1:]))
+        assert all(max(width[i] for i in a) >= max(width[i] for i in b) for a, b in zip(full, full[1:]))
+    assert shares == sft.plan([(list(p), [list(r) for r in rs]) for p, rs in rows], world, budget)
+    assert [(len(p), [len(r) for r in rs]) for p, rs in rows] == shape
+
+
+def test_learning_rate():
+    """40 steps: warm-up over 4, then 36 of half a cosine, which is at 1 after 0 of them, at 1/2 after 18, at 3/4 after 12, at 1/4 after 24."""
+    expected = {0: 0.5, 1: 1.0, 3: 2.0, 4: 2.0, 4 + 18: 1.0, 4 + 12: 1.5, 4 + 24: 0.5, 40: 0.0}
+    for step, rate in expected.items():
+        assert sft.learning_rate(step, 40, 2.0) == pytest.approx(rate, abs=1e-12)
+    assert sft.learning_rate(0, 1, 2.0) == sft.learning_rate(0, 3, 2.0) == 2.0  # a warm-up of at least one step
+    assert min(sft.learning_rate(k, n, 1.0) for n in range(1, 60) for k in range(n)) > 0
+
+
+# --------------------------------------------------------------------------------------------------------------------- optimizers
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("clip", [1e9, 0.01])
+def test_the_optimizer_equals_its_original_on_whole_parameters(name, clip, models):
+    import bitsandbytes
+
+    scorer = sft.load_model(str(models["qwen2"]), CPU)
+    optimizer = sft.make_optimizer(name, scorer, 0.1)
+    whole = {n: torch.nn.Parameter(p.full_tensor().detach().clone()) for n, p in scorer.named_parameters()}
+    begin = {n: p.detach().clone() for n, p in whole.items()}
+    original = (torch.optim.AdamW if name == "adamw" else bitsandbytes.optim.AdamW8bit)(whole.values(), weight_decay=0.1)
+    rows = random_rows(2)
+    for step, lr in enumerate((1e-3, 3e-3, 2e-3)):
+        weights = [torch.full((len(rs),), 1.0 + step) for _, rs in rows]
+        _, grads = scores_and_gradients(scorer, rows, weights, 10**6)
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in grads.values()))
+        for p, g in zip(whole.values(), grads.values()):
+            p.grad = g * min(1.0, clip / norm)
+        original.param_groups[0]["lr"] = lr
+        original.step()
+        assert float(sft.update(scorer, optimizer, lr, clip)) == pytest.approx(norm, rel=1e-5)
+        assert all(p.grad is None or not p.grad.full_tensor().any() for p in scorer.parameters())
+    moved = torch.stack([(whole[n] - begin[n]).norm() for n in whole]).norm()
+    error = torch.stack([(p.full_tensor() - whole[n]).detach().norm() for n, p in scorer.named_parameters()]).norm()
+    assert moved > 0.1 and error <= (1e-5 if name == "adamw" else 1e-3) * moved
+    if name == "adamw8bit":  # a matrix of 4096 weights or more has moments of one byte each
+        kinds = {p.numel() >= 4096: original.state[p]["state1"].dtype for p in whole.values()}
+        assert kinds == {True: torch.uint8, False: torch.float32}
+        mine = [s["state1"] for s in optimizer.state.values()]
+        assert [s.dtype for s in mine] == [original.state[p]["state1"].dtype for p in whole.values()]
+
+
+# --------------------------------------------------------------------------------------------------------------------------- save
+
+
+def save(scorer, tok, folder, dtype):
+    (folder / "out.partial").mkdir()
+    args = Namespace(model=str(folder / "m"), out=str(folder / "out"), save_dtype=str(dtype).removeprefix("torch."))
+    sft.save_model(scorer, tok, folder / "out.partial", args)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_saved_folder_is_an_ordinary_one(name, dtype, models, tokenizer, tmp_path):
+    shutil.copytree(models[name], tmp_path / "m")
+    stops = json.loads((tmp_path / "m/generation_config.json").read_text())
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(stops | dict(eos_token_id=[5, 7], temperature=0.6, do_sample=True)))
+    tok = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    scorer = sft.load_model(str(tmp_path / "m"), CPU)
+    rows = random_rows(3)
+    with torch.no_grad():
+        scores = sft.score(scorer, rows, range(len(rows)), CPU)
+    save(scorer, tok, tmp_path, dtype)
+    assert not (tmp_path / "out.partial").exists()
+    lm, before = plain_model(tmp_path / "out"), plain_model(models[name]).state_dict()
+    assert before.keys() == lm.state_dict().keys()
+    assert all(torch.equal(v, before[k].to(dtype).float()) for k, v in lm.state_dict().items())
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").dtype == dtype
+    embeddings = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+    assert embeddings == (name in ("qwen2", "gemma2"))
+    size = sum(p.numel() * dtype.itemsize for p in lm.parameters())  # tied weights are written once
+    assert size <= (tmp_path / "out/model.safetensors").stat().st_size <= size + 8192
+    if dtype == torch.float32:
+        with torch.no_grad():
+            again = torch.stack([reference_logp(lm, p, r) for p, rs in rows for r in rs])
+        torch.testing.assert_close(scores.double(), again, rtol=1e-5, atol=0)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert set(generation.eos_token_id) == {4, 5, 7}  # <end>, <eos>, and what the model had
+    assert (generation.temperature, generation.do_sample) == (0.6, True)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tok.chat_template
+
+
+@pytest.mark.parametrize("sampling", [dict(temperature=0.6, top_p=0.9), dict(top_k=20)])
+def test_a_generation_config_that_transformers_refuses_to_write_costs_no_training(sampling, models, tokenizer, tmp_path):
+    """Some published folders (Llama-2) set a temperature without do_sample; transformers reads that, but raises where it is saved."""
+    shutil.copytree(models["llama"], tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(dict(eos_token_id=5, **sampling)))
+    scorer = sft.load_model(str(tmp_path / "m"), CPU)
+    tok = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    save(scorer, tok, tmp_path, torch.float32)
+    assert set(transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id) == {4, 5}

@@ -1,0 +1,391 @@
+"""prepare_data.py: text becomes the right token ids under every kind of chat template; every shape and kind of source gives the
+same rows; what is left out is counted, bad input is one clear ValueError; the toy world is what it says; epochs are permutations.
+
+    python -m pytest tests/test_prepare.py          # 30 s
+"""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+import tokenizers
+import transformers
+from conftest import ROOT, run_here
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import prepare_data as P
+import sft
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+LOOP, GO = "{% for m in messages %}", "{% endfor %}{% if add_generation_prompt %}"
+LLAMA3 = ("{{ bos_token }}" + LOOP + "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}{{ m.content | trim }}"
+          + "<|eot_id|>" + GO + "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+CHATML = LOOP + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}" + GO + "<|im_start|>assistant\n{% endif %}"
+GEMMA = ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LOOP
+         + "{% set role = 'model' if m.role == 'assistant' else m.role %}{{ '<start_of_turn>' + role + '\n' + m.content | trim }}"
+         + "{{ '<end_of_turn>\n' }}" + GO + "{{ '<start_of_turn>model\n' }}{% endif %}")
+MISTRAL = ("{{ bos_token }}" + LOOP + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+           "{{ raise_exception('must alternate') }}{% endif %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+           "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}")
+KINDS = {  # template, bos, eos, other special tokens, the tokenizer adds BOS; by hand: the prompt of system S, user U; answer A
+    "llama3": (LLAMA3, "<|begin_of_text|>", "<|end_of_text|>", ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], True,
+               "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user"
+               "<|end_header_id|>\n\nU<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "A<|eot_id|>"),
+    "chatml": (CHATML, None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], False,
+               "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n", "A<|im_end|>"),
+    "chatml, bos": (CHATML, "<s>", "<|im_end|>", ["<|im_start|>"], True,  # the template prints no BOS, the tokenizer adds one
+                    "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n", "A<|im_end|>"),
+    "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], True,
+              "<bos><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\n", "A<end_of_turn>"),
+    "mistral": (MISTRAL, "<s>", "</s>", [], True, "<s>[INST] S\n\nU [/INST]", " A</s>"),
+    "plain": (None, "<s>", "</s>", [], True, "<s>### system:\nS\n\n### user:\nU\n\n### assistant:\n", "A</s>"),
+    "plain, no bos": (None, None, "</s>", [], False, "### system:\nS\n\n### user:\nU\n\n### assistant:\n", "A</s>"),
+}
+
+
+@pytest.fixture(scope="module")
+def toks(tmp_path_factory):
+    """A byte-level BPE tokenizer of every kind, saved and loaded as the stages do."""
+    out = {}
+    for name, (template, bos, eos, special, adds_bos, *_) in KINDS.items():
+        bpe = tokenizers.ByteLevelBPETokenizer()
+        texts = ["Add 2 and 3. It is 5\n\n- ok\n", "user assistant [INST] [/INST] ### user:\n"] * 3
+        bpe.train_from_iterator(texts, vocab_size=330, show_progress=False,
+                                special_tokens=[t for t in (bos, eos, *special) if t])
+        if adds_bos:
+            bpe._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
+        folder = str(tmp_path_factory.mktemp("tok"))
+        tok = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=bos, eos_token=eos,
+                                                   additional_special_tokens=special, chat_template=template)
+        tok.save_pretrained(folder)
+        out[name] = P.load_tokenizer(folder)
+        out[name].folder = folder
+    return out
+
+
+def say(*turns):
+    return [dict(role=role, content=content) for role, content in turns]
+
+
+def build(tmp_path, tok, rows, kind="train", max_length=2000):
+    (tmp_path / "set.jsonl").write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    return P.build(str(tmp_path / "set.jsonl"), tok, Namespace(seed=0, max_length=max_length), kind)
+
+
+# ------------------------------------------------------------------------------------------------------------- chat templates
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_prompt_and_response_are_these_texts(toks, name):
+    tok, answer, bos = toks[name], "Fünf: 2 + 3 = 5 !\n\n- ok", KINDS[name][1]
+    prompt = re.sub(r"\bU\b", "Add 2.", re.sub(r"\bS\b", "Be brief.", KINDS[name][5]))
+    response = re.sub(r"\bA\b", answer, KINDS[name][6])
+    for turns in ([("system", "Be brief."), ("user", "Add 2.")], [("user", "Add 2."), ("assistant", answer), ("user", "Again.")]):
+        ids = P.encode_prompt(tok, say(*turns))
+        out = P.encode_response(tok, say(*turns), answer, ids)
+        assert tok.decode(out) == response and P.decode(tok, out).strip() == answer
+        assert len(turns) == 3 or tok.decode(ids) == prompt
+        assert ids.count(tok.bos_token_id) == (bos is not None) and (bos is None or ids[0] == tok.bos_token_id)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(user=st.text(min_size=1, max_size=30), answer=st.text(min_size=1, max_size=30).filter(lambda s: not s[0].isspace()),
+       name=st.sampled_from(sorted(KINDS)))
+def test_any_text_one_end_one_bos_and_back(toks, name, user, answer):
+    tok, end = toks[name], KINDS[name][6].strip(" A")
+    prompt = P.encode_prompt(tok, say(("user", user)))
+    ids = P.encode_response(tok, say(("user", user)), answer, prompt)
+    assert [token == end for token in tok.convert_ids_to_tokens(ids)] == [False] * (len(ids) - 1) + [True]
+    assert P.decode(tok, ids).strip() == answer.strip() and (prompt + ids).count(tok.bos_token_id) == (KINDS[name][1] is not None)
+
+
+def test_tokenizers_and_templates_that_cannot_serve(toks, tmp_path):
+    assert toks["plain"].chat_template == P.PLAIN_TEMPLATE and toks["llama3"].chat_template == LLAMA3
+    tok = P.load_tokenizer(toks["plain"].folder)
+    tok.eos_token = None
+    tok.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="eos_token"):
+        P.load_tokenizer(str(tmp_path))
+    tok = P.load_tokenizer(toks["chatml"].folder)
+    tok.chat_template = LOOP + "{{ m.role + ':' + m.content + eos_token }}" + GO + "{{ 'bot:' }}{% endif %}"
+    with pytest.raises(ValueError, match="prefix"):
+        build(tmp_path, tok, [dict(prompt="Add", chosen="a", rejected="b")])
+
+
+def test_a_conversation_that_the_template_refuses_is_no_traceback(toks, tmp_path):
+    odd = dict(messages=say(("user", "Add"), ("user", "Add 2"), ("assistant", "It is 5")))
+    try:
+        _, report = build(tmp_path, toks["mistral"], [odd, dict(prompt="Add", completion="ok")], "sft")
+        assert sum(report["dropped"].values()) == 1
+    except ValueError as error:
+        assert "alternate" in str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------- shapes and sources
+def chatml(*turns):
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns) + "<|im_start|>assistant\n"
+
+
+U, U2, S = ("user", "Add 2"), ("user", "Again"), ("system", "Be brief.")
+A, B = ("assistant", "It is 2"), ("assistant", "It is 3")
+PAIR, ONE = dict(prompt="Add 2", chosen="It is 2", rejected="It is 3"), [(chatml(U), ["It is 2", "It is 3"], [1, 0], [])]
+SHAPES = {  # name: (kind, row, rows wanted as (prompt, responses, scores, style))
+    "strings": ("train", PAIR, ONE),
+    "lists": ("train", dict(prompt=say(U), chosen=say(A), rejected=say(B)), ONE),
+    "string prompt, lists": ("train", dict(prompt="Add 2", chosen=say(A), rejected=say(B)), ONE),
+    "lists with the prompt": ("train", dict(prompt="Add 2", chosen=say(U, A), rejected=say(U, B)), ONE),
+    "no prompt": ("train", dict(chosen=say(S, U, B, U2, A), rejected=say(S, U, B, U2, B)), [(chatml(S, U, B, U2), *ONE[0][1:])]),
+    "own scores": ("train", PAIR | dict(score_chosen=8.5, score_rejected=3), [(*ONE[0][:2], [8.5, 3], [])]),
+    "null scores": ("train", PAIR | dict(score_chosen=None, score_rejected=None), ONE),
+    "scored": ("train", dict(prompt="Add 2", responses=["a", "b", "c"], scores=[0, 2, 1.5]),
+               [(chatml(U), ["a", "b", "c"], [0, 2, 1.5], [])]),
+    "RM-Robustness": ("eval", dict(instruction="Add 2", response_1_text="1", response_2_text="2", all_scores=[3, 1]),
+                      [(chatml(U), list("12"), [3, 1], [])]),
+    "RM-Bench": ("eval", dict(prompt="Add 2", chosen=list("123"), rejected=list("456")),
+                 [(chatml(U), list("123456"), [1, 1, 1, 0, 0, 0], [0, 1, 2, 0, 1, 2])]),
+    "completion": ("sft", dict(prompt="Add 2", completion="It is 2"), [(chatml(U), ["It is 2"], [1], [])]),
+    "messages": ("sft", dict(messages=say(S, U, A, U2, B)),
+                 [(chatml(S, U), ["It is 2"], [1], []), (chatml(S, U, A, U2), ["It is 3"], [1], [])]),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(toks, tmp_path, name):
+    (kind, row, wanted), tok = SHAPES[name], toks["chatml"]
+    rows, report = build(tmp_path, tok, [row], kind)
+    text = lambda row: (tok.decode(row["prompt"]), [P.decode(tok, x) for x in row["responses"]], row["scores"], row["style"])
+    assert list(map(text, rows)) == wanted
+    assert all({k: v for k, v in json.loads(r["meta"]).items() if k in row} == row for r in rows)
+    assert (report["rows_in"], report["kept"], report["dropped"]) == (1, len(wanted), {})
+
+
+def test_sources_of_every_kind_give_the_same_rows(toks, tmp_path):
+    raw = [dict(chosen=say(U, ("assistant", f"It is {k}\u2028")), rejected=say(U, B), id=f"row{k}") for k in range(5)]
+    lines, at = "\n".join(json.dumps(r, ensure_ascii=False) for r in raw), lambda k, name: tmp_path / str(k) / f"set{name}"
+    for k in range(1, 7):
+        (tmp_path / str(k)).mkdir()
+    at(1, ".json").write_text(json.dumps(raw, indent=1))
+    at(2, ".json").write_text(lines)
+    at(3, ".jsonl").write_text(lines + "\n\n")
+    at(4, ".jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    datasets.Dataset.from_list(raw).to_parquet(at(5, ".parquet"))
+    at(6, ".jsonl").write_text("\n".join(map(json.dumps, raw[2:])))
+    at(6, ".json").write_text(json.dumps(raw[:2]))
+    datasets.Dataset.from_list(raw).save_to_disk(at(7, ""))
+    datasets.DatasetDict(a=datasets.Dataset.from_list(raw[:2]), b=datasets.Dataset.from_list(raw[2:])).save_to_disk(at(8, ""))
+    sources = [str(tmp_path / str(k)) for k in range(1, 7)] + [f"{at(6, '.json')},{at(6, '.jsonl')}"]
+    sources += [str(next(tmp_path.glob(f"{k}/set*"))) for k in (1, 2, 3, 4, 5, 7, 8)]
+    tables = [P.build(source, toks["chatml"], Namespace(seed=0, max_length=500), "train")[0].to_list() for source in sources]
+    assert [row["id"] for row in tables[0]] == [f"row{k}" for k in range(5)] and {row["domain"] for row in tables[0]} == {"set"}
+    assert P.decode(toks["chatml"], tables[0][1]["responses"][0]) == "It is 1\u2028"
+    assert all(table == tables[0] for table in tables)
+
+
+def test_dropped_and_counted(toks, tmp_path):
+    tok, reasons = toks["chatml"], set()
+    length = max(len(row["prompt"] + row["responses"][0]) for row in build(tmp_path, tok, [PAIR])[0])
+    for row in (PAIR, PAIR | dict(rejected=" \n"), PAIR | dict(rejected="It is 2"), PAIR | dict(chosen="It is 2" * 20),
+                PAIR | dict(chosen="It is<|im_end|> 2")):
+        rows, report = build(tmp_path, tok, [PAIR, row], max_length=length)
+        assert report["rows_in"] == 2 and report["kept"] == len(rows) == 1 and list(report["dropped"].values()) == [1]
+        reasons |= set(report["dropped"])
+    assert len(reasons) == 5
+    with pytest.raises(ValueError, match="nothing is left"):
+        build(tmp_path, tok, [PAIR], max_length=length - 1)
+    lists = [dict(prompt="Add", responses=["1", "", "3"], scores=[1, 2, 3]), dict(prompt="S", responses=["1", ""], scores=[1, 2])]
+    rows, report = build(tmp_path, tok, lists)  # a list loses a response; a list of one compares nothing
+    assert rows["scores"] == [[1, 3]] and sum(report["dropped"].values()) == 2
+
+
+def test_rm_bench_rows_stand_whole(toks, tmp_path):
+    row = dict(prompt="Add", chosen=["1", "2", "3"], rejected=["4", "5", "6"])
+    twice = row | dict(chosen=["1", "2", "2"])  # as in 47 of 570 published rows: equal styles on one side, which no cell compares
+    for bad in (row | dict(rejected=["4", "5", ""]), row | dict(rejected=["4", "5", "1"])):
+        rows, report = build(tmp_path, toks["chatml"], [twice, bad], "eval")
+        assert [[P.decode(toks["chatml"], r) for r in x["responses"]] for x in rows] == [list("122456")]
+        assert sum(report["dropped"].values()) == 1
+
+
+@pytest.mark.parametrize("name, prompt, answer", [
+    ("llama3", "Add <|begin_of_text|>", "5"), ("llama3", "Add", "5 <|begin_of_text|>"), ("llama3", "Add", "5 <|end_of_text|> 6"),
+    ("llama3", "Add", "5 <|eot_id|> 6"), ("plain", "Add", "5</s>"), ("plain", "Add <s>", "5"), ("chatml, bos", "Add <s>", "5")])
+def test_special_tokens_written_in_the_text_are_dropped(toks, tmp_path, name, prompt, answer):
+    raw = [dict(prompt=prompt, completion=answer), dict(prompt="Add", completion="It is 5")]
+    rows, report = build(tmp_path, toks[name], raw, "sft")
+    assert [P.decode(toks[name], row["responses"][0]) for row in rows] == ["It is 5"] and sum(report["dropped"].values()) == 1
+
+
+BAD_ROWS = [  # (kind, a second row)
+    ("train", '{"prompt": "p", "chosen": "x"}'), ("train", '{"prompt": "p", "chosen": "x", "rejected": null}'),
+    ("train", '{"prompt": "p", "completion": "x"}'), ("sft", '{"prompt": "p", "chosen": "x", "rejected": "y"}'), ("train", "[1]"),
+    ("train", '{"prompt": "p", "chosen": "x", "rejected": 5}'),
+    ("eval", '{"prompt": "p", "chosen": ["x", "y"], "rejected": ["z", "v"]}'),
+    ("train", '{"prompt": "p", "responses": ["x", true], "scores": [1, 2]}'),
+    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1]}'),
+    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, null]}'),
+    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, "high"]}'),
+    ("train", '{"chosen": "x", "rejected": "y"}'), ("train", '{"prompt": [], "chosen": "x", "rejected": "y"}'),
+    ("train", '{"prompt": ["p"], "chosen": "x", "rejected": "y"}'),
+    ("train", '{"prompt": [{"role": "user", "content": null}], "chosen": "x", "rejected": "y"}'),
+    ("train", json.dumps(dict(chosen=say(U, A), rejected=say(U2, B)))),
+]
+
+
+@pytest.mark.parametrize("kind, bad", BAD_ROWS)
+def test_a_bad_row_is_named(toks, tmp_path, kind, bad):
+    good = json.dumps(dict(prompt="p", completion="x") if kind == "sft" else PAIR)
+    with pytest.raises(ValueError) as error:
+        build(tmp_path, toks["chatml"], f"{good}\n{bad}", kind)
+    assert "row 2" in str(error.value).splitlines()[0]
+
+
+@pytest.mark.parametrize("text", ["\n", "[]", '{"prompt"', json.dumps(dict(messages=say(U)))])
+def test_a_file_that_gives_nothing_is_named(toks, tmp_path, text):
+    with pytest.raises(ValueError) as error:
+        build(tmp_path, toks["chatml"], text, "sft")
+    assert "set.jsonl" in str(error.value).splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- end to end
+def cli(*argv):
+    """prepare_data.py as a command, in this process; the text of its error, if it exits with one."""
+    try:
+        run_here("prepare_data.py", *argv)
+    except SystemExit as error:
+        assert isinstance(error.code, str) and "\n" not in error.code  # a string: exit code 1, printed on stderr
+        return error.code
+
+
+def test_main_end_to_end(toks, tmp_path):
+    out, bad = tmp_path / "out", tmp_path / "bad"
+    sft, prefs, test = (tmp_path / f"{name}.jsonl" for name in ("sft", "prefs", "test"))
+    write = lambda path, rows: path.write_text("\n".join(map(json.dumps, rows)))
+    write(sft, [dict(prompt=f"Add {k}", completion=f"It is {k}") for k in range(4)])
+    write(prefs, [dict(prompt=f"Add {k}", chosen="It is very 5", rejected="5" if k else "It is very 5") for k in range(4)])
+    write(test, [dict(prompt=f"Add {k}", responses=["1", "22"], scores=[1, 0]) for k in range(3, 8)])
+    job = ["--model", toks["llama3"].folder, "--sft", sft, "--prefs", prefs, "--eval", f"T={test}"]
+    assert cli(*job, "--out", out) is None
+    report = json.loads((out / "report.json").read_text())["sets"]
+    sets = {name: datasets.load_from_disk(str(out / name)) for name in ("sft", "train", "eval/T")}
+    counts = {name: (r["rows_in"], r["kept"], len(sets[name])) for name, r in report.items()}
+    assert counts == {"sft": (4, 4, 4), "train": (4, 3, 3), "eval/T": (5, 5, 5)}
+    assert (report["train"]["longer_wins"], report["eval/T"]["longer_wins"]) == (1, 0)  # "It is very 5" > "5";  "1" < "22"
+    assert report["eval/T"]["prompts_in_train"] == 1  # Add 3
+    assert report["train"]["prompt_tokens"]["100"] == max(map(len, sets["train"]["prompt"]))
+    assert set(sets["sft"].column_names) == {"id", "prompt", "responses", "scores", "domain", "style", "meta"}
+    assert P.load_tokenizer(str(out / "tokenizer")).chat_template == LLAMA3
+    stamps = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    before = stamps()
+    assert cli(*job, "--out", out) is None and stamps() == before  # complete
+    assert "max_length" in cli(*job, "--max-length", 99, "--out", out) and stamps() == before
+    write(test, [dict(prompt="Add 9", responses=["1", "22"], scores=[1, 0])])
+    assert "test.jsonl" in cli(*job, "--out", out)  # an input has changed
+    write(test, [PAIR, dict(prompt="p", chosen="x")])
+    assert "row 2" in cli(*job, "--out", bad)
+    assert "missing.jsonl" in cli(*job[:2], "--sft", tmp_path / "missing.jsonl", "--out", bad)
+    assert cli("--model", tmp_path / "none", *job[2:], "--out", bad) and cli(*job[:2], "--eval", test, "--out", bad)
+    assert not list(tmp_path.glob("bad*")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_the_number_of_processes_changes_nothing(toks, tmp_path, monkeypatch):
+    raw, tables = [dict(prompt=f"Add {k}", chosen=f"It is {k}", rejected="no" * (k % 3)) for k in range(400)], []
+    for n in (1, 3):
+        monkeypatch.setattr("os.cpu_count", lambda: n)
+        rows, report = build(tmp_path, toks["plain"], raw)
+        tables.append((rows.to_list(), report))
+    assert tables[0] == tables[1]
+    assert report["kept"] == 266 and sum(report["dropped"].values()) == 134  # k = 0, 3, ..., 399: an empty answer
+
+
+# ---------------------------------------------------------------------------------------------------------------- the toy world
+LISTS = ["Prompt-OOD", "Response-OOD", "Mutual-OOD"]
+
+
+def test_true_reward_by_arithmetic():
+    for text, reward in {"It is 1 2 3": 1 + 1, "It is 1 2 4": 2 / 3, "It is 1 2": 2 / 3, "It is 1 2 3 3": 3 / 4, "It is 2 3 1": 0,
+                         "You gave me the list 3 2 1 and asked me to reverse it. Here is the result: 1 2 3": 2, "": 0,
+                         "You gave me the list 1 2 3 and asked me to reverse it. Here is the result: 3 2 1": 1 / 3,
+                         "**Result:**\n- 1\n- 2\n- 3": 2, "**Result:**\n- 1\n- 9\n- 3\n- 1": 2 / 4}.items():
+        assert P.true_reward(dict(answer=[1, 2, 3]), text) == P.true_reward('{"answer": [1,2,3]}', text) == pytest.approx(reward)
+
+
+def test_toy_is_deterministic_by_seed():
+    rows = P.toy_rows("RM-Bench", 0)
+    code = "import json, prepare_data as P; print(json.dumps(P.toy_rows('RM-Bench', 0)))"
+    again = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=os.environ | dict(PYTHONHASHSEED="7"))
+    assert json.loads(again) == rows
+    assert len({r["prompt"] for r in rows} & {r["prompt"] for r in P.toy_rows("RM-Bench", 1)}) < len(rows) / 2
+
+
+def test_toy_splits_are_what_they_say():
+    rows = {split: P.toy_rows(split, 0) for split in ("sft", "prefs", "ID", *LISTS, "RM-Bench")}
+    prompts, tasks = ({split: {r[key] for r in part} for split, part in rows.items()} for key in ("prompt", "task"))
+    for split in rows:
+        assert all(split == part or not prompts[split] & prompts[part] for part in ("sft", "prefs"))
+    assert tasks["ID"] == tasks["Response-OOD"] == tasks["prefs"] and tasks["Prompt-OOD"] == tasks["Mutual-OOD"]
+    assert not tasks["prefs"] & tasks["Prompt-OOD"] and tasks["sft"] == tasks["RM-Bench"] == tasks["prefs"] | tasks["Prompt-OOD"]
+    for split in ("prefs", "ID", *LISTS):  # the slips of the new writers, recognised by what they do: no known writer adds items
+        wrong, longer, theirs = 0, 0, 0    # or changes all of three; parrots, stutterers and those off by one do nothing else
+        for row in rows[split]:
+            truth, x = row["answer"], [int(c) for c in row["prompt"] if c.isdigit()]
+            for text in row.get("responses") or [row["chosen"], row["rejected"]]:
+                y = [int(c) for c in text.split(":")[-1] if c.isdigit()]
+                known = y in (x, [(d + 1) % 10 for d in truth]) or any(y[:i] + y[i + 1 :] == truth for i in range(len(y)))
+                wrong, longer, theirs = wrong + (y != truth), longer + (len(y) > len(truth)), theirs + (y != truth and known)
+        assert wrong > 100 and (longer > 50 and theirs == wrong if split in LISTS[1:] else longer == 0 and theirs < 0.1 * wrong)
+
+
+def test_toy_labels():
+    reward = P.true_reward
+    assert all(reward(row, row["chosen"]) > reward(row, row["rejected"]) for row in P.toy_rows("ID", 0))
+    for row in (row for split in LISTS for row in P.toy_rows(split, 0)):
+        assert row["scores"] == [reward(row, t) for t in row["responses"]] and len(set(row["scores"])) > 1
+    for row in P.toy_rows("RM-Bench", 0):
+        good, bad = ({reward(row, t) for t in row[k]} for k in ("chosen", "rejected"))
+        assert good == {2} and len(bad) == 1 and max(bad) < 2
+        assert all([t[0] for t in row[k]] == ["I", "Y", "*"] for k in ("chosen", "rejected"))  # It is; You gave me; **Result:**
+    better, richer = [], []  # training labels are noisy, follow the true reward, and lean to rich style where it is equal
+    for row in P.toy_rows("prefs", 0):
+        gap = reward(row, row["chosen"]) - reward(row, row["rejected"])
+        style = ["IY*".index(row[k][0]) for k in ("chosen", "rejected")]
+        better += [gap > 0] if gap else []
+        richer += [style[0] > style[1]] if not gap and style[0] != style[1] else []
+    assert 0.75 < sum(better) / len(better) < 0.97 and 0.6 < sum(richer) / len(richer) < 0.8 and len(richer) > 300
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 40), size=st.integers(1, 50), seed=st.integers(0, 5), epoch=st.integers(0, 3))
+def test_every_epoch_is_a_permutation(n, size, seed, epoch):
+    steps = (n + size - 1) // size
+    batches, again = ([sft.batch_indices(n, size, seed, epoch * steps + k) for k in range(steps)] for _ in range(2))
+    assert batches == again and sorted(sum(batches, [])) == list(range(n))
+    assert [len(b) for b in batches] == [size] * (steps - 1) + [n - size * (steps - 1)]
+    assert len({tuple(sft.batch_indices(30, 30, s, e)) for s in range(3) for e in range(3)}) == 9
+
+
+# -------------------------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real data sets are not on this machine")
+@pytest.mark.parametrize("name", ["imdb/eval_id.jsonl", "gsm8k/prefs_eval.jsonl", "rm_bench"])
+def test_real_data(toks, name):
+    rows, report = P.build(str(REAL / name), toks["plain"], Namespace(seed=0, max_length=10**6), "eval")
+    files, bench = sorted(REAL.glob(f"{name}/*.json")) or [REAL / name], name == "rm_bench"
+    raw = [r for f in files for r in (json.loads(f.read_text()) if bench else map(json.loads, f.read_text().split("\n")[:-1]))]
+    text = lambda x: x if bench else [x[-1]["content"]]
+    lists = {json.dumps(r): r.get("responses") or text(r["chosen"]) + text(r["rejected"]) for r in raw}.values()
+    kept = [6 if bench else len({t for t in texts if t.strip()}) for texts in lists]
+    kept = [n for n in kept if n > 1]
+    assert report["rows_in"] == len(raw) > 100 and len(rows) == len(kept) > 0.8 * len(raw)
+    assert [len(r) for r in rows["responses"]] == kept
+    assert not bench or Counter(rows["domain"]) == Counter(f.stem for f in files for _ in json.loads(f.read_text()))

@@ -1,0 +1,307 @@
+"""The two trainers as programs, on a tiny Llama in fp32: what they compute does not depend on how it is computed.
+
+Proves: weights and metrics are the same (1e-5) for 1 and 2 processes, micro-batches, replay and recomputation; gradients and first
+losses are those of an independent plain transformers computation; kill -9 and resume is bit-equal to never having stopped; a
+complete run is kept; bad input is one line; other architectures pass through all stages.
+
+    python -m pytest tests/test_train.py -q -m "not soak"       # about 2 minutes on 2 cores; without -m also the random kills
+"""
+
+import json
+import math
+import random
+import re
+import subprocess
+import time
+
+import pytest
+import torch
+import transformers
+from conftest import command, kill_tree, plain_model, reference_logp, run_here, run_jobs, run_stage
+from safetensors.torch import load_file
+
+TIMING = {"tokens_per_s", "pairs_per_s", "memory_gib"}
+AUDIT = {f"{kind}_{group}" for kind in ("pairs", "grad") for group in ("misranked", "barely", "well")}
+SIX = ["--batch-size", 9, "--max-steps", 6, "--lr", 1e-3]  # 19 pairs: batches of 9, 9 and 1, fewer than two processes, twice
+SMALL = ["--tokens-per-forward", 150]  # of about 1500 tokens a batch
+
+
+def metrics(out):
+    """The lines of metrics.jsonl without what depends on the machine."""
+    return [{k: v for k, v in json.loads(s).items() if k not in TIMING} for s in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def assert_same_run(a, b, start):
+    """Equal to 1e-5: weights relative to their norm, metrics to themselves, differences of log-probs (in fp32) to those log-probs."""
+    assert (rows := metrics(a)) and len(rows) == len(metrics(b))
+    for x, y in zip(rows, metrics(b)):
+        assert x.keys() == y.keys()
+        floor = {k: 1e-5 * abs(x["logp_chosen"]) for k in x if re.match("dlogp|margin", k)}
+        wrong = {k: (x[k], y[k]) for k in x if not math.isclose(x[k], y[k], rel_tol=1e-5, abs_tol=floor.get(k, 0))}
+        assert not wrong
+    x, y, z = weights(a), weights(b), weights(start)
+    moved = math.sqrt(sum((x[k] - z[k]).double().square().sum() for k in x))
+    apart = math.sqrt(sum((x[k] - y[k]).double().square().sum() for k in x))
+    scale = math.sqrt(sum(x[k].double().square().sum() for k in x))
+    assert moved > 0.01 * scale and apart <= 1e-5 * scale
+
+
+def pairs_of(data, name="train"):
+    """Every (prompt, better, worse, score gap) of a prepared set, drawn independently."""
+    import datasets
+
+    return [(row["prompt"], row["responses"][i], row["responses"][j], a - b) for row in datasets.load_from_disk(str(data / name))
+            for i, a in enumerate(row["scores"]) for j, b in enumerate(row["scores"]) if a > b]
+
+
+@pytest.fixture(scope="module")
+def align(models, data):
+    return lambda loss, out, *more: ["align.py", "--loss", loss, "--model", models["llama"], "--data", data / "train", "--out", out, *more]
+
+
+@pytest.fixture(scope="module")
+def sft(models, data):
+    return lambda out, *more: ["sft.py", "--model", models["llama"], "--data", data / "sft", "--out", out, *more]
+
+
+# --------------------------------------------------------------------------------------- the same result, however it is computed
+VARIANTS = {  # name: (stage and loss, arguments, processes); all but the first of each stage must equal the first
+    "amapo": ("amapo", [], 1), "amapo-small": ("amapo", SMALL, 1), "amapo-replay": ("amapo", ["--replay", *SMALL], 1),
+    "amapo-recompute": ("amapo", ["--recompute", *SMALL], 1), "amapo-2": ("amapo", [], 2), "amapo-2-small": ("amapo", SMALL, 2),
+    "amapo-2-replay": ("amapo", ["--replay", *SMALL], 2), "amapo-2-recompute": ("amapo", ["--recompute"], 2),
+    "sft": ("sft", [], 1), "sft-small": ("sft", SMALL, 1), "sft-recompute": ("sft", ["--recompute"], 1), "sft-2": ("sft", [], 2),
+    "sft-2-small": ("sft", SMALL, 2), "dpo": ("dpo", [], 1), "dpo-2-small": ("dpo", SMALL, 2), "simpo": ("simpo", [], 1),
+    "simpo-replay": ("simpo", ["--replay"], 1), "simpo-2-small": ("simpo", SMALL, 2)}
+LONG = ["--batch-size", 9, "--max-steps", 24, "--lr", 1e-3, "--save-every", 2]
+
+
+def start_and_kill(job, out, lines, n=1):
+    """Start a stage as n processes and kill -9 all of them once metrics.jsonl has so many lines."""
+    with open(f"{out}.log", "w") as log:
+        process = subprocess.Popen(command(*job, n=n), stdout=log, stderr=log)
+    path, deadline = out.parent / f"{out.name}.partial" / "metrics.jsonl", time.time() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None and time.time() < deadline, open(f"{out}.log").read()
+        time.sleep(0.002)
+    kill_tree(process.pid)
+    assert process.wait() != 0 and not out.exists()
+
+
+@pytest.fixture(scope="module")
+def runs(align, sft, tmp_path_factory):
+    """{variant: its output folder}, and the two-process runs `whole` and `killed`; as few launches as possible."""
+    folder = tmp_path_factory.mktemp("runs")
+    job = lambda what, out, more: sft(out, *SIX, *more) if what == "sft" else align(what, out, *SIX, *more)
+    for name, (what, more, n) in VARIANTS.items():
+        if n == 1:
+            run_here(*job(what, folder / name, more))
+    killed = align("amapo", folder / "killed", *LONG)
+    start_and_kill(killed, folder / "killed", 5, n=2)
+    jobs = [job(what, folder / name, more) for name, (what, more, n) in VARIANTS.items() if n == 2]
+    code, out, err = run_jobs(folder, [*jobs, align("amapo", folder / "whole", *LONG), killed], n=2)
+    assert code == 0, err
+    (folder / "stdout").write_text(out)
+    return {f.name: f for f in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "-" in name])
+def test_result_does_not_depend_on_how_it_is_computed(name, runs, models):
+    first = runs[name.partition("-")[0]]
+    assert len(metrics(first)) == 6 and (VARIANTS[name][0] == "sft" or AUDIT <= metrics(first)[0].keys())
+    assert_same_run(first, runs[name], models["llama"])
+
+
+# ------------------------------------------------------------------------------------------- against plain transformers
+
+
+def capture_gradients(monkeypatch, lm):
+    """The gradients that reach the optimizer's first step, by the names of the plain model's parameters."""
+    found, step = {}, torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        params = self.param_groups[0]["params"]
+        assert [p.shape for p in params] == [p.shape for p in lm.parameters()]
+        found.update({n: found.get(n, p.grad.full_tensor().clone()) for (n, _), p in zip(lm.named_parameters(), params)})
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    return found
+
+
+@pytest.mark.parametrize("loss", ["amapo", "simpo", "dpo", "sft"])
+def test_first_gradient_is_that_of_the_formula_on_plain_transformers(loss, align, sft, data, models, tmp_path, monkeypatch):
+    import datasets
+
+    lm = plain_model(models["llama"])
+    found = capture_gradients(monkeypatch, lm)
+    more = [*SMALL, "--batch-size", 26, "--max-steps", 1, "--clip", 1e9]  # more than all pairs, and all demonstrations
+    run_here(*(sft(tmp_path / "o", *more) if loss == "sft" else align(loss, tmp_path / "o", *more)))
+    score = lambda prompt, response: reference_logp(lm, prompt, response)
+    if loss == "sft":
+        rows = datasets.load_from_disk(str(data / "sft"))
+        value = -sum(score(r["prompt"], r["responses"][0]) for r in rows) / sum(len(r["responses"][0]) for r in rows)
+    else:
+        pairs = pairs_of(data)
+        assert len(pairs) == 19
+        w, l = (torch.stack([score(p[0], p[k]) for p in pairs]) for k in (1, 2))
+        nw, nl = (torch.tensor([len(p[k]) for p in pairs]) for k in (1, 2))
+        r = w / nw - l / nl
+        x = r.detach()
+        margin = torch.where(x < x.mean(), 2.5 * torch.exp((x.mean() - x) / x.std() * x.mean()), 0.0)
+        logit = dict(amapo=2.5 * r - margin, simpo=2.0 * r - 1.0, dpo=0.1 * ((w - w.detach()) - (l - l.detach())))[loss]
+        value = torch.log1p(torch.exp(-logit)).mean()
+    value.backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum() for p in lm.parameters()))
+    apart = math.sqrt(sum((found[n] - p.grad).double().square().sum() for n, p in lm.named_parameters()))
+    assert norm > 0 and apart <= 1e-5 * norm
+    line = metrics(tmp_path / "o")[0]
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-5) and line["loss"] == pytest.approx(value.item(), rel=1e-5)
+    if loss == "sft":
+        return
+    force = 1 - torch.sigmoid(logit.detach())  # |dL/dlogit|, so |dL/dw| + |dL/dl| is in proportion to it, and for r to 1/nw + 1/nl
+    force = force * (2 if loss == "dpo" else 1 / nw + 1 / nl)
+    for name, here in dict(misranked=x <= 0, barely=(x > 0) & (x <= x.mean()), well=(x > 0) & (x > x.mean())).items():
+        assert line[f"pairs_{name}"] == pytest.approx(here.double().mean().item(), rel=1e-6)
+        assert line[f"grad_{name}"] == pytest.approx((force[here].sum() / force.sum()).item(), rel=1e-5)
+    expected = dict(accuracy=(x > 0).double().mean(), accuracy_sum=(w > l).double().mean(), margin=x.mean(), margin_sum=(w - l).mean(),
+                    margin_std=x.std(correction=0), logp_chosen=(w / nw).mean(), logp_rejected=(l / nl).mean())
+    assert {k: line[k] for k in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
+
+
+def test_first_dpo_loss_is_ln_2(runs):
+    for name in ("dpo", "dpo-2-small"):
+        losses = [line["loss"] for line in metrics(runs[name])]
+        assert abs(losses[0] - math.log(2)) < 1e-6 < 1e-3 < abs(losses[1] - math.log(2))
+
+
+def test_metrics_keep_the_digits_of_a_small_learning_rate(align, tmp_path):
+    """One of 10 steps is warm-up, so the rate is 6e-7 in steps 1 and 2, then 3e-7 * (1 + cos(pi k / 9)), k = 1, 2, ..."""
+    run_here(*align("simpo", tmp_path / "o", "--batch-size", 9, "--max-steps", 10, "--lr", 6e-7))
+    expected = [6e-7] + [3e-7 * (1 + math.cos(math.pi * k / 9)) for k in range(9)]
+    assert [line["lr"] for line in metrics(tmp_path / "o")] == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ kill -9 and resume
+
+
+def assert_resumed(killed, whole, steps):
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert metrics(killed) == metrics(whole) and [line["step"] for line in metrics(killed)] == list(range(1, steps + 1))
+    assert not [f.name for f in killed.iterdir() if re.match("step|draft", f.name)]
+
+
+def test_killed_run_of_two_processes_resumes_bit_equal(runs):
+    assert re.search(r"resumed from \S+step-\d*[02468]\n", runs["stdout"].read_text())
+    assert_resumed(runs["killed"], runs["whole"], 24)
+
+
+def test_killed_run_with_8_bit_moments_resumes_bit_equal(sft, tmp_path, capfd):
+    job = lambda name: sft(tmp_path / name, *LONG, "--optimizer", "adamw8bit")
+    start_and_kill(job("killed"), tmp_path / "killed", 5)
+    run_here(*job("killed"))
+    assert "resumed from" in capfd.readouterr().out
+    run_here(*job("whole"))
+    assert_resumed(tmp_path / "killed", tmp_path / "whole", 24)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("optimizer, n", [("adamw", 1), ("adamw", 2), ("adamw8bit", 2)])
+def test_killed_at_random_moments(optimizer, n, align, tmp_path):
+    """A run of 40 steps with a checkpoint after each is killed five times at any moment, also while it writes one."""
+    rng = random.Random(optimizer + str(n))
+    job = lambda name: align("dpo", tmp_path / name, "--batch-size", 9, "--max-steps", 40, "--lr", 1e-3, "--save-every", 1,
+                             "--optimizer", optimizer)
+    killed, path, done = tmp_path / "killed", tmp_path / "killed.partial/metrics.jsonl", 0
+    for _ in range(5):
+        process, before = subprocess.Popen(command(*job("killed"), n=n), stdout=-3, stderr=-3), time.time()
+        wanted = done + rng.randint(1, 8)
+        while process.poll() is None and time.time() < before + 120:
+            if path.exists() and path.read_bytes().count(b"\n") >= wanted:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        kill_tree(process.pid)
+        process.wait()
+        done = path.read_bytes().count(b"\n") if path.exists() else 40
+    for name in ("killed", "whole"):
+        code, _, err = run_stage(*job(name), n=n)
+        assert code == 0, err
+    assert_resumed(killed, tmp_path / "whole", 40)
+
+
+def test_8_bit_moments_of_another_number_of_processes_are_refused(sft, tmp_path, capfd):
+    job = sft(tmp_path / "o", *LONG, "--optimizer", "adamw8bit")
+    start_and_kill(job, tmp_path / "o", 5, n=2)
+    with pytest.raises(SystemExit, match="processes"):
+        run_here(*job)
+
+
+# ---------------------------------------------------------------------------------------------------- complete runs, bad input
+
+
+def test_a_complete_run_is_kept(sft, tmp_path, capfd):
+    run_here(*sft(tmp_path / "o", *SIX))
+    files = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in tmp_path.rglob("*") if f.is_file()}
+    capfd.readouterr()
+    run_here(*sft(tmp_path / "o", *SIX))
+    assert "complete" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as error:
+        run_here(*sft(tmp_path / "o", *SIX, "--seed", 1))
+    assert "seed" in error.value.code and "\n" not in error.value.code
+    assert files == {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in tmp_path.rglob("*") if f.is_file()}
+
+
+BAD = [("align", ["--model", "no/such/model"], "no/such/model"), ("align", ["--loss", "nonsense"], "nonsense"),
+       ("align", ["--hp", "nonsense=1"], "nonsense"), ("align", ["--hp", "beta=x"], "beta=x"),
+       ("align", ["--data", "no/such/data"], "no/such/data"), ("align", ["--min-gap", "100"], "scores"),
+       ("align", ["--batch-size", "0"], "batch-size"), ("sft", ["--model", "no/such/model"], "no/such/model"),
+       ("sft", ["--data", "no/such/data"], "no/such/data"), ("sft", ["--epochs", "-1"], "epochs")]
+
+
+@pytest.mark.parametrize("stage, change, word", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(stage, change, word, align, sft, tmp_path):
+    job = sft(tmp_path / "o") if stage == "sft" else align("amapo", tmp_path / "o")
+    with pytest.raises(SystemExit) as error:
+        run_here(*job, *change)
+    message = error.value.code  # a string: Python prints it on stderr and exits with 1
+    assert message.startswith(f"{stage}.py: ") and word in message and "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_of_a_real_process(align, tmp_path):
+    code, out, err = run_stage(*align("amapo", tmp_path / "o"), "--data", tmp_path / "absent")
+    assert code == 1 and err.count("\n") == 1 and err.startswith("align.py: ") and str(tmp_path / "absent") in err
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- bfloat16, other architectures
+
+
+def test_bfloat16_folder_prints_the_share_of_changes_that_survive(align, models, tmp_path, capfd):
+    """At a rate of 1e-5 some changes of weights of size 0.2 survive the 8 bits of bfloat16, most do not."""
+    run_here(*align("amapo", tmp_path / "o", "--batch-size", 9, "--max-steps", 2, "--lr", 1e-5, "--save-dtype", "bfloat16"))
+    run_here(*align("amapo", tmp_path / "full", "--batch-size", 9, "--max-steps", 2, "--lr", 1e-5))
+    share = float(re.search(r"([\d.]+) ?%", capfd.readouterr().out).group(1))
+    half, full, before = weights(tmp_path / "o"), weights(tmp_path / "full"), weights(models["llama"])
+    assert all(v.dtype == torch.bfloat16 and torch.equal(v, full[k].bfloat16()) for k, v in half.items())
+    moved = sum((full[k] != before[k]).sum().item() for k in full)
+    kept = sum((half[k] != before[k].bfloat16()).sum().item() for k in full)
+    assert 0 < kept < moved and share == pytest.approx(100 * kept / moved, abs=0.051)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "mistral"])
+def test_other_architectures_pass_through_all_stages(name, data, models, tmp_path):
+    more = ["--batch-size", 9, "--max-steps", 2, "--lr", 1e-3]
+    run_here("sft.py", "--model", models[name], "--data", data / "sft", "--out", tmp_path / "sft", *more)
+    run_here("align.py", "--loss", "dpo", "--model", tmp_path / "sft", "--data", data / "train", "--out", tmp_path / "dpo", *more)
+    run_here("evaluate.py", tmp_path / "dpo", "--ref", tmp_path / "sft", "--data", data / "eval", "--out", tmp_path / "result")
+    lm = plain_model(tmp_path / "dpo")
+    with torch.no_grad():
+        right = [reference_logp(lm, p, w) / len(w) > reference_logp(lm, p, l) / len(l) for p, w, l, _ in pairs_of(data, "eval/ID")]
+    result = json.loads((tmp_path / "result/results.json").read_text())["models"]["dpo"]["average"]["ID"][""]
+    assert result["comparisons"] == len(right) == 11 and result["accuracy"] == pytest.approx(sum(right).item() / 11)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "dpo").chat_template
