@@ -162,17 +162,17 @@ def toy_model(out, seed):
 def read_source(source, seed=0):
     """The raw rows of a source, dicts. Without a `domain` they get the file's stem as theirs."""
     if "," in source:
-        return [row for part in source.split(",") for row in read_source(part, seed)]
+        return [row for part in source.split(",") if part for row in read_source(part, seed)]
     if source.startswith("toy:"):
         return toy_rows(source[4:], seed)
     path, files = Path(source), r".*\.(jsonl?(\.gz)?|parquet)"
     if path.is_file() and path.suffix != ".parquet":
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            text = f.read()
         try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+                text = f.read()
             lines = [text] if text.lstrip()[:1] == "[" else filter(str.strip, text.split("\n"))
             rows = [row for x in map(json.loads, lines) for row in (x if isinstance(x, list) else [x])]
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{source}: not JSON, nor JSON lines ({error})") from None
     elif path.is_dir() and not list(path.glob("dataset_*.json")):
         names = sorted(str(f) for f in path.iterdir() if re.fullmatch(files, f.name))
@@ -215,9 +215,10 @@ def parse_preference(row):
         texts = [row[f"response_{k + 1}_text"] for k in range(len(scores))]
         row = dict(prompt=row["instruction"], responses=texts, scores=scores)
     if {"prompt", "responses", "scores"} <= set(row):
-        if len(row["responses"]) != len(row["scores"]):
-            raise ValueError(f"has {len(row['responses'])} responses, {len(row['scores'])} scores")
-        return messages(row["prompt"]), row["responses"], [*map(float, row["scores"])], []
+        texts, scores = row["responses"], [float(score) for score in row["scores"]]
+        if not isinstance(texts, list) or len(texts) != len(scores) or not all(map(math.isfinite, scores)):
+            raise ValueError("has not a list of responses and a finite score for each")
+        return messages(row["prompt"]), texts, scores, []
     if not {"chosen", "rejected"} <= set(row):
         raise ValueError(f"has the keys {[*row]}, not prompt, chosen, rejected, or prompt, responses, scores")
     chosen, rejected = (messages(row[key], "assistant") for key in ("chosen", "rejected"))
@@ -225,14 +226,13 @@ def parse_preference(row):
         if (len(chosen), len(rejected)) != (3, 3):
             raise ValueError(f"has {len(chosen)} and {len(rejected)} answers; RM-Bench has 3 and 3")
         return messages(row["prompt"]), chosen + rejected, [1.0] * 3 + [0.0] * 3, [0, 1, 2] * 2
-    if chosen[:-1] != rejected[:-1]:  # message lists may begin with the prompt
-        raise ValueError("has chosen and rejected answers to different conversations")
-    if len(chosen) == 1 and "prompt" not in row:
-        raise ValueError("has no prompt")
+    if chosen[:-1] != rejected[:-1] or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise ValueError("has chosen and rejected that are not two answers to one conversation")
     scores = [float(row.get("score_chosen", 1)), float(row.get("score_rejected", 0))]
     scores = scores if scores[0] > scores[1] else [1.0, 0.0]  # the label decides, also in a tie
     texts = [chosen[-1]["content"], rejected[-1]["content"]]
-    return chosen[:-1] or messages(row["prompt"]), texts, scores, []
+    prompt = max(chosen[:-1], messages(row.get("prompt", [])), key=len)  # either may hold it
+    return prompt, texts, scores, []
 
 
 # ------------------------------------------------------------------------ chat template, tokens
@@ -350,7 +350,7 @@ def parse_rows(source, raw, kind, dropped):
             what = error if isinstance(error, ValueError) else repr(error)
             raise ValueError(f"{source}, row {k + 1}: {what}") from None
         meta = json.dumps(row, ensure_ascii=False, default=str)
-        name = str(row.get("id") or row.get("prompt_id") or k)
+        name = str(clean.get("id", clean.get("prompt_id", k)))
         for item in items:
             key = hashlib.sha256(json.dumps(item[:2]).encode()).digest()
             dropped["duplicate"] += key in parsed
@@ -380,7 +380,7 @@ def build(source, tok, args, kind):
     wins = [n > m for row in both for n, x in row for m, y in row if x > y]
     percentiles = lambda x: {p: sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
     return rows, dict(
-        source={part: fingerprint(part) for part in source.split(",")}, rows_in=len(raw),
+        source={part: fingerprint(part) for part in source.split(",") if part}, rows_in=len(raw),
         kept=len(rows), dropped={reason: n for reason, n in dropped.items() if n},
         prompt_tokens=percentiles([len(p) for p in rows["prompt"]]), response_tokens=percentiles(sum(lengths, [])),
         longer_wins=round(sum(wins) / len(wins), 4) if wins else None)
@@ -435,12 +435,12 @@ def main(args):
     jobs = dict(sft=args.sft or toy and "toy:sft", train=args.prefs or toy and "toy:prefs")
     for item in args.eval or [f"{split}=toy:{split}" for split in [*SPLITS][2:]] * toy:
         name, _, source = item.partition("=")
-        if not re.fullmatch(r"[\w.-]+", name) or not source:
-            raise ValueError(f"--eval {item}: wanted NAME=SOURCE")
+        if not re.fullmatch(r"[\w.-]+", name) or not source or f"eval/{name}" in jobs:
+            raise ValueError(f"--eval {item}: wanted NAME=SOURCE, each name once")
         jobs[f"eval/{name}"] = source
     jobs = {name: source for name, source in jobs.items() if source}
     tok = None if toy else load_tokenizer(args.model)
-    make = begin(args.out, args, [args.model, *",".join(jobs.values()).split(",")])
+    make = begin(args.out, args, [args.model, *filter(None, ",".join(jobs.values()).split(","))])
     if make is None:
         return print(f"{args.out} is complete")
     out = make()

@@ -234,6 +234,8 @@ BAD_ROWS = [  # (kind, a second row)
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1]}'),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, null]}'),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, "high"]}'),
+    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, NaN]}'),
+    ("train", '{"prompt": "p", "responses": "xy", "scores": [1, 2]}'),
     ("train", '{"chosen": "x", "rejected": "y"}'), ("train", '{"prompt": [], "chosen": "x", "rejected": "y"}'),
     ("train", '{"prompt": ["p"], "chosen": "x", "rejected": "y"}'),
     ("train", '{"prompt": [{"role": "user", "content": null}], "chosen": "x", "rejected": "y"}'),
