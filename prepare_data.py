@@ -71,12 +71,12 @@ WRITERS = {  # name: (how often right, else (rng, right answer, given list) -> w
 }
 STYLES = (  # concise, detailed, markdown: (nats by which the labeller favours it, text)
     (0.0, "It is {answer}"),
-    (0.6, "You gave me the list {given}. {request}, you said. Here is the result: {answer}"),
-    (1.0, "**Result:**\n- {items}"),
+    (0.4, "You gave me the list {given}. {request}, you said. Here is the result: {answer}"),
+    (0.8, "**Result:**\n- {items}"),
 )
 SEEN, UNSEEN, KNOWN, NEW = [*TASKS][:8], [*TASKS][8:], [*WRITERS][:5], [*WRITERS][5:]
 SPLITS = {  # name: rows, tasks, writers, responses of a row, part (0, 1, 2 never share a prompt)
-    "sft": (12_000, [*TASKS], [*WRITERS], 1, 0),
+    "sft": (16_000, [*TASKS], [*WRITERS], 1, 0),
     "prefs": (4_096, SEEN, KNOWN, 2, 1),
     "ID": (1_000, SEEN, KNOWN, 2, 2),
     "Prompt-OOD": (500, UNSEEN, KNOWN, 4, 2),
@@ -120,14 +120,14 @@ def toy_row(rng, task, x, writers, n, part):
         wrong = WRITERS[rng.choice(writers)][1](rng, truth, x)
         good, bad = ([write(y, style) for style in range(3)] for y in (truth, wrong))
         return row | dict(domain=domain, chosen=good, rejected=bad) if wrong != truth else None
-    weights = [3, 3] + [1] * (len(writers) - 2) if part == 0 else None  # SFT data is mostly good
+    weights = [4, 4] + [1] * (len(writers) - 2) if part == 0 else None  # SFT data is mostly good
     styles, texts = rng.choices(range(3), k=n), []
     for style, (skill, slip) in zip(styles, map(WRITERS.get, rng.choices(writers, weights, k=n))):
         texts.append(write(truth if rng.random() < skill else slip(rng, truth, x), style))
     rewards = [true_reward(row, text) for text in texts]
     if n == 1:
         return row | dict(completion=texts[0])
-    if len(set(texts)) < n or (part == 2 and len(set(rewards)) == 1):
+    if len(set(texts)) < n or len(set(rewards)) == 1:
         return None
     if n == 4:
         return row | dict(responses=texts, scores=rewards)
