@@ -1,4 +1,4 @@
-"""Text -> token ids on disk. Owns text: sources, chat templates, the toy world, data order.
+"""Text -> token ids on disk. Owns text: sources, chat templates, tokens, the toy world.
 
 Every data set becomes a `datasets` folder of rows, a prompt with n scored responses each:
 

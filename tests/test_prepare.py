@@ -356,13 +356,15 @@ def test_toy_labels():
         good, bad = ({reward(row, t) for t in row[k]} for k in ("chosen", "rejected"))
         assert good == {2} and len(bad) == 1 and max(bad) < 2
         assert all([t[0] for t in row[k]] == ["I", "Y", "*"] for k in ("chosen", "rejected"))  # It is; You gave me; **Result:**
-    better, richer = [], []  # training labels are noisy, follow the true reward, and lean to rich style where it is equal
+    better, richer = [], []  # training labels are noisy, follow the true reward, and err in favour of rich style; no pair ties
     for row in P.toy_rows("prefs", 0):
         gap = reward(row, row["chosen"]) - reward(row, row["rejected"])
         style = ["IY*".index(row[k][0]) for k in ("chosen", "rejected")]
-        better += [gap > 0] if gap else []
-        richer += [style[0] > style[1]] if not gap and style[0] != style[1] else []
-    assert 0.75 < sum(better) / len(better) < 0.97 and 0.6 < sum(richer) / len(richer) < 0.8 and len(richer) > 300
+        better.append(gap > 0)
+        richer += [style[0] > style[1]] if gap < 0 and style[0] != style[1] else []
+        assert gap
+    # at a gap of 1.3 a wrong label has probability s(-2.6 + 0.8) = 0.14 for markdown against concise, 0.03 the other way round
+    assert 0.75 < sum(better) / len(better) < 0.97 and sum(richer) / len(richer) > 0.6 and len(richer) > 100
 
 
 @settings(max_examples=50, deadline=None)
