@@ -73,8 +73,10 @@ def loss(function=None, *, batch=False):
     return function
 
 
+# ----- AMaPO: push the pairs below the batch mean, leave the others alone
+
 @loss(batch=True)
-def amapo(pi, *, beta=2.5, group=0, form="code"):
+def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True):
     """-log s(beta * r - margin); margin = beta * exp(z * mu) if r < mu else 0, z = (mu - r) / std.
     AMaPO, arXiv 2511.09385, as the official code has it. Reference-free.
 
@@ -87,39 +89,259 @@ def amapo(pi, *, beta=2.5, group=0, form="code"):
       where gamma > 0. The exponent is beta times that of the code; and where the batch mean is
       negative (most pairs misranked) it is the pairs ABOVE the mean that get the margin, while in
       the code it is still those below, with an exponent below 0.
+    znorm, exp, clip: False for the paper's ablations. It does not print their formulas; these are
+      a reading: z = mu - r; margin = beta * gamma, gamma = z * mu; a margin for every pair.
     """
     if form not in ("code", "paper"):
         raise ValueError(f"amapo: form={form}; wanted code or paper")
     r = pi.w / pi.nw - pi.l / pi.nl  # (G,)
     groups = r.detach().split(group or len(r))
-    return -F.logsigmoid(beta * r - torch.cat([amapo_margin(x, beta, form) for x in groups]))
+    margin = torch.cat([amapo_margin(x, beta, form, znorm, exp, clip) for x in groups])
+    return -F.logsigmoid(beta * r - margin)
 
+def amapo_margin(r, beta, form, znorm, exp, clip):
+    """The margin (n,) of one statistics group r (n,). 0 where the official code is undefined: one
+    pair, or equal r. The exponent is capped at 80, which takes r of hundreds of nats per token."""
+    z = -standardise(r, r.mean(), deviation(r))
+    gamma = (z if znorm else r.mean() - r) * r.mean() * (1.0 if form == "code" else beta)
+    pushed = z > 0 if form == "code" else gamma > 0
+    pushed = pushed if clip else z != 0
+    return torch.where(pushed, beta * (gamma.clamp(max=80.0).exp() if exp else gamma), 0.0)
 
-def amapo_margin(r, beta, form):
-    """The margin (n,) of one statistics group r (n,), defined where the official code is not.
+def deviation(x):
+    """Unbiased standard deviation (), 0 for one value."""
+    return x.std() if len(x) > 1 else torch.zeros_like(x[0])
 
-    One pair, or equal r (a deviation of rounding size): 0. The exponent is capped at 80, which
-    takes margins r of hundreds of nats per token, so that every loss is finite in float32.
-    """
-    mu, sigma = r.mean(), r.std() if len(r) > 1 else torch.zeros_like(r[0])
-    spread = sigma > 8 * torch.finfo(r.dtype).eps * r.abs().max()
-    z = torch.where(spread, (mu - r) / sigma, 0.0)
-    exponent = z * mu if form == "code" else z * beta * mu
-    pushed = z > 0 if form == "code" else exponent > 0
-    return torch.where(pushed, beta * exponent.clamp(max=80.0).exp(), 0.0)
+def standardise(x, mean, std):
+    """(x - mean) / std; 0 where std is no more than rounding."""
+    some = std > 8 * torch.finfo(x.dtype).eps * x.abs().max()
+    return torch.where(some, (x - mean) / torch.where(some, std, 1.0), 0.0)
 
+# ----- a sigmoid of the length-normalised margin, without a reference
 
 @loss
 def simpo(pi, *, beta=2.0, gamma=1.0):
-    """-log s(beta * r - gamma).  SimPO, arXiv 2405.14734 eq. 6. Reference-free.
+    """-log s(beta * r - gamma).  SimPO, arXiv 2405.14734 eq. 6.
     gamma in logits (the official hyper-parameter is the ratio gamma / beta)."""
     return -F.logsigmoid(beta * (pi.w / pi.nw - pi.l / pi.nl) - gamma)
 
+@loss
+def alphapo(pi, *, beta=2.5, gamma=0.1, alpha=0.25):
+    """-log s(R(w / nw) - R(l / nl) - gamma), R(p) = beta * (1 - exp(-alpha * p)) / alpha.
+    AlphaPO, arXiv 2501.03884; alpha -> 0 is SimPO. The exponent is capped at 80."""
+    w, l = ((-alpha * p).clamp(max=80.0) for p in (pi.w / pi.nw, pi.l / pi.nl))
+    return -F.logsigmoid(beta * (torch.expm1(l) - torch.expm1(w)) / alpha - gamma)
+
+@loss
+def simper(pi):
+    """exp(l / nl) - exp(w / nw): inverse perplexities.  SimPER, arXiv 2502.00883."""
+    return torch.exp(pi.l / pi.nl) - torch.exp(pi.w / pi.nw)
+
+# ----- DPO, and what has been put on its logit; u = w - ref_w, v = l - ref_l
 
 @loss
 def dpo(pi, ref, *, beta=0.1):
-    """-log s(beta * [(w - ref_w) - (l - ref_l)]).  DPO, arXiv 2305.18290 eq. 7."""
+    """-log s(beta * (u - v)).  DPO, arXiv 2305.18290 eq. 7."""
     return -F.logsigmoid(beta * ((pi.w - ref.w) - (pi.l - ref.l)))
+
+@loss
+def cdpo(pi, ref, *, beta=0.1, eps=0.1):
+    """-(1 - eps) log s(x) - eps log s(-x), x DPO's logit.  Conservative DPO, Mitchell 2023."""
+    x = beta * ((pi.w - ref.w) - (pi.l - ref.l))
+    return -(1 - eps) * F.logsigmoid(x) - eps * F.logsigmoid(-x)
+
+@loss
+def robust(pi, ref, *, beta=0.1, eps=0.1):
+    """[-(1 - eps) log s(x) + eps log s(-x)] / (1 - 2 eps), x DPO's logit: unbiased if labels are
+    flipped with probability eps < 1/2; not bounded below.  Robust DPO, 2403.00409, as in TRL."""
+    x = beta * ((pi.w - ref.w) - (pi.l - ref.l))
+    return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)
+
+@loss
+def hinge(pi, ref, *, beta=0.1):
+    """max(0, 1 - beta * (u - v)).  RSO's loss, arXiv 2309.06657, as TRL has it."""
+    return F.relu(1 - beta * ((pi.w - ref.w) - (pi.l - ref.l)))
+
+@loss
+def ipo(pi, ref, *, beta=0.1, average=True):
+    """(u / nw - v / nl - 1 / (2 beta))^2; average=False: (u - v - 1 / (2 beta))^2.
+    IPO, arXiv 2310.12036. Most code sums; by TRL's account the authors' results are averages."""
+    nw, nl = (pi.nw, pi.nl) if average else (1.0, 1.0)
+    return ((pi.w - ref.w) / nw - (pi.l - ref.l) / nl - 1 / (2 * beta)) ** 2
+
+@loss
+def sigmoid_norm(pi, ref, *, beta=2.0):
+    """-log s(beta * (u / nw - v / nl)): length-normalised DPO, as TRL has it."""
+    return -F.logsigmoid(beta * ((pi.w - ref.w) / pi.nw - (pi.l - ref.l) / pi.nl))
+
+@loss
+def rdpo(pi, ref, *, beta=0.1, alpha=0.05):
+    """-log s(beta * (u - v) + alpha * (nw - nl)): a longer chosen one is pushed less.
+    R-DPO, arXiv 2403.19159; the sign by its derivation (some copies flip it); alpha unpublished."""
+    logit = beta * ((pi.w - ref.w) - (pi.l - ref.l))
+    return -F.logsigmoid(logit + alpha * (pi.nw - pi.nl))
+
+@loss
+def odpo(pi, ref, gap, *, beta=0.1, alpha=1.0):
+    """-log s(beta * (u - v) - alpha * log(gap)), gap = score difference > 0.  ODPO, 2402.10571."""
+    logit = beta * ((pi.w - ref.w) - (pi.l - ref.l))
+    return -F.logsigmoid(logit - alpha * torch.log(gap))
+
+@loss
+def dpop(pi, ref, *, beta=0.3, lam=50.0):
+    """-log s(beta * (u - v - lam * max(0, -u))).  DPO-Positive, arXiv 2402.13228."""
+    u, v = pi.w - ref.w, pi.l - ref.l
+    return -F.logsigmoid(beta * (u - v - lam * F.relu(-u)))
+
+@loss
+def discopop(pi, ref, *, beta=0.05, tau=0.05):
+    """-log s(x) * (1 - m) + exp(-x) * m, x = beta * (u - v), m = s(x / tau).
+    DiscoPOP's LRML, arXiv 2406.08414; exp(-x) * m as one exponential, which cannot overflow."""
+    x = beta * ((pi.w - ref.w) - (pi.l - ref.l))
+    return -F.logsigmoid(x) * torch.sigmoid(-x / tau) + torch.exp(F.logsigmoid(x / tau) - x)
+
+@loss
+def madpo(pi, ref, gap, *, beta=0.1, c_max=2.0, c_min=0.5, lam=1.0, tau=6.9068):
+    """weight(h) * DPO; weight = s(c * h) / s(h) if h > -tau else 1, with
+    c = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * exp(lam * (|h| - tau))).
+    MADPO, arXiv 2510.05342 v1; h = gap, a reward model's margin (--margins)."""
+    steep = (c_max - 1) / (1 - c_min) * torch.exp((lam * (gap.abs() - tau)).clamp(max=80.0))
+    c = c_min + (c_max - c_min) / (1 + steep)
+    weight = torch.where(gap > -tau, torch.exp(F.logsigmoid(c * gap) - F.logsigmoid(gap)), 1.0)
+    return -weight * F.logsigmoid(beta * ((pi.w - ref.w) - (pi.l - ref.l)))
+
+# ----- each response against the reference on its own
+
+@loss
+def apo_zero(pi, ref, *, beta=0.1):
+    """1 - s(beta * u) + s(beta * v): chosen up, rejected down.  APO, arXiv 2408.06266 eq. 7."""
+    return torch.sigmoid(-beta * (pi.w - ref.w)) + torch.sigmoid(beta * (pi.l - ref.l))
+
+@loss
+def apo_down(pi, ref, *, beta=0.1):
+    """s(beta * u) + 1 - s(beta * (u - v)): both down, rejected further.  APO, 2408.06266 eq. 8."""
+    u, v = pi.w - ref.w, pi.l - ref.l
+    return torch.sigmoid(beta * u) + torch.sigmoid(-beta * (u - v))
+
+@loss
+def nca(pi, ref, *, beta=0.01):
+    """-log s(beta u) - log s(-beta u) / 2 - log s(-beta v) / 2.  NCA, arXiv 2402.05369."""
+    u, v = beta * (pi.w - ref.w), beta * (pi.l - ref.l)
+    return -F.logsigmoid(u) - 0.5 * F.logsigmoid(-u) - 0.5 * F.logsigmoid(-v)
+
+@loss
+def exo(pi, ref, *, beta=0.1, eps=1e-3):
+    """KL(q || [1 - eps, eps]), q = softmax(beta * [u, v]).  EXO, arXiv 2402.00856 eq. 16.
+    (The official code's label log-probs [0, -10] are eps = exp(-10).)"""
+    logq = F.log_softmax(beta * torch.stack([pi.w - ref.w, pi.l - ref.l]), dim=0)  # (2, G)
+    label = torch.tensor([[1 - eps], [eps]], dtype=logq.dtype, device=logq.device).log()
+    return (logq.exp() * (logq - label)).sum(0)
+
+@loss
+def sppo(pi, ref, *, beta=0.001):
+    """[(u - 1 / (2 beta))^2 + (v + 1 / (2 beta))^2] / 2.  SPPO, arXiv 2405.00675, for win rates 1
+    and 0. The factor 1/2 is the official code's; TRL leaves it out."""
+    u, v = pi.w - ref.w, pi.l - ref.l
+    return 0.5 * ((u - 0.5 / beta) ** 2 + (v + 0.5 / beta) ** 2)
+
+@loss
+def caldpo(pi, ref, *, beta=0.001, weight=0.5):
+    """-log s(u - v) + weight * [(u - 1 / (2 beta))^2 + (v + 1 / (2 beta))^2].  Cal-DPO, 2412.14516,
+    the official code; a restatement has weight 1."""
+    u, v = pi.w - ref.w, pi.l - ref.l
+    return -F.logsigmoid(u - v) + weight * ((u - 0.5 / beta) ** 2 + (v + 0.5 / beta) ** 2)
+
+# ----- with a likelihood of the chosen response beside the preference
+
+@loss
+def rpo(pi, ref, *, beta=0.01, eta=0.005):
+    """DPO - eta * w / nw.  RPO, arXiv 2405.16436 (Iterative RPO, 2404.19733, has eta = 1)."""
+    return -F.logsigmoid(beta * ((pi.w - ref.w) - (pi.l - ref.l))) - eta * pi.w / pi.nw
+
+@loss
+def cpo(pi, *, beta=0.1, alpha=1.0):
+    """-log s(beta * (w - l)) - alpha * w / nw.  CPO, arXiv 2401.08417 (there a token-mean NLL)."""
+    return -F.logsigmoid(beta * (pi.w - pi.l)) - alpha * pi.w / pi.nw
+
+@loss
+def slic(pi, *, delta=1.0, lam=0.1):
+    """max(0, delta - w + l) - lam * w.  SLiC-HF, arXiv 2305.10425, as HALOs first had it."""
+    return F.relu(delta - pi.w + pi.l) - lam * pi.w
+
+@loss
+def rrhf(pi, *, weight=1.0):
+    """weight * max(0, l / nl - w / nw) - w.  RRHF, arXiv 2304.05302 eq. 2-5, for one pair."""
+    return weight * F.relu(pi.l / pi.nl - pi.w / pi.nw) - pi.w
+
+@loss
+def orpo(pi, *, lam=0.1):
+    """-w / nw - lam * log s(logodds(w / nw) - logodds(l / nl)).  ORPO, arXiv 2403.07691 eq. 6-7."""
+    return -pi.w / pi.nw - lam * F.logsigmoid(log_odds(pi.w / pi.nw) - log_odds(pi.l / pi.nl))
+
+@loss
+def asft(pi, *, lam=0.1):
+    """-w / nw - lam * [log s(logodds(w / nw)) + log s(-logodds(l / nl))].  ASFT, arXiv 2409.10571,
+    as restated in 2502.01237, whose best lam for Llama-3.1 is the default."""
+    good, bad = log_odds(pi.w / pi.nw), log_odds(pi.l / pi.nl)
+    return -pi.w / pi.nw - lam * (F.logsigmoid(good) + F.logsigmoid(-bad))
+
+def log_odds(p):
+    """log(e^p / (1 - e^p)) of a mean log-prob p < 0, which is kept below -1e-6."""
+    p = p.clamp(max=-1e-6)
+    return p - torch.log(-torch.expm1(p))
+
+# ----- statistics of the batch; ema=0: of this batch, ema=0.9: the official running averages
+
+@loss(batch=True)
+def alphadpo(pi, ref, state, *, beta=2.5, gamma=0.375, alpha=0.05, ema=0.0):
+    """-log s(beta * r - gamma - beta * alpha * z), z = (M - mean) / std of M = r - r_ref, detached.
+    AlphaDPO, arXiv 2410.10148, as the official code has it; gamma in logits.
+    With ema, mean and std start at 0, without bias correction: z is large in the first steps."""
+    r = pi.w / pi.nw - pi.l / pi.nl
+    m = r.detach() - (ref.w / ref.nw - ref.l / ref.nl)
+    state = running(state, m, ema)
+    z = standardise(m, state["mean"], state["std"])
+    return -F.logsigmoid(beta * r - gamma - beta * alpha * z), state
+
+@loss(batch=True)
+def betadpo(pi, ref, state, *, beta=0.1, alpha=0.6, keep=0.8, ema=0.0):
+    """DPO with a beta of the batch, on a sample S of it: beta * (1 + alpha * (mean_S D - mean D)),
+    at least 1e-3; D = u - v, detached.  beta-DPO, arXiv 2407.08639, as the official code has it.
+    S: keep * G pairs, drawn without replacement by exp(-z^2 / 2); seeded by the step."""
+    d = (pi.w - ref.w) - (pi.l - ref.l)
+    m, g, k = d.detach(), len(d), max(1, int(len(d) * keep))
+    state = running(state, m, ema)
+    z = standardise(m, state["mean"], state["std"])
+    draw = torch.Generator().manual_seed(int(state["step"]))
+    noise = torch.rand(g, generator=draw, dtype=torch.float64).log().to(m.device)
+    kept = (noise / torch.exp(-0.5 * z.clamp(-30, 30) ** 2)).topk(k).indices  # Efraimidis-Spirakis
+    b = (beta * (1 + alpha * (m[kept].mean() - state["mean"]))).clamp(min=1e-3)
+    weight = torch.zeros_like(m).index_fill(0, kept, g / k)  # the mean over G is that over S
+    return -weight * F.logsigmoid(b * d), state
+
+def running(state, x, ema):
+    """The new state: mean and std of x (G,), or their running averages, and the number of steps."""
+    old = {k: state.get(k, torch.zeros((), dtype=torch.float64)) for k in ("mean", "std", "step")}
+    mean, std = x.mean().double(), deviation(x).double()
+    return dict(mean=ema * old["mean"] + (1 - ema) * mean, std=ema * old["std"] + (1 - ema) * std,
+                step=old["step"] + 1)
+
+@loss(batch=True)
+def bco(pi, ref, state, *, beta=0.1):
+    """-log s(beta u - delta) - log s(-(beta v - delta)), delta: mean of all rewards beta u, beta v
+    so far, this batch included, detached.  BCO, arXiv 2404.04656, as TRL has it."""
+    u, v = beta * (pi.w - ref.w), beta * (pi.l - ref.l)
+    total = state.get("total", 0.0) + (u + v).detach().double().sum()
+    count = state.get("count", 0.0) + torch.tensor(2.0 * len(u), dtype=torch.float64)
+    delta = total / count
+    return -F.logsigmoid(u - delta) - F.logsigmoid(delta - v), dict(total=total, count=count)
+
+@loss(batch=True)
+def aot(pi, ref, *, beta=0.1, paired=True):
+    """-log s(beta * (k-th smallest w - l, minus k-th smallest ref_w - ref_l)); paired=False: of u
+    and v. The k-th loss, not that of pair k.  AOT, arXiv 2406.05882, as in TRL."""
+    x, y = (pi.w - pi.l, ref.w - ref.l) if paired else (pi.w - ref.w, pi.l - ref.l)
+    return -F.logsigmoid(beta * (x.sort().values - y.sort().values))
 
 
 def configure(name, settings):
