@@ -83,8 +83,8 @@ WHAT=${1:-compare}
 case $WHAT in
   test|soak)
     install requirements.txt tests/requirements.txt
-    select=("not soak"); [ "$WHAT" = test ] || select=("")
-    exec "$PYTHON" -m pytest tests -q --durations 5 -m "${select[0]}" ;;
+    select="not soak"; [ "$WHAT" = test ] || select=""
+    exec "$PYTHON" -m pytest tests -q --durations 5 -m "$select" ;;
   compare) install requirements.txt ;;
   *) echo "run_all.sh: $WHAT: wanted compare (the default), test or soak" >&2; exit 2 ;;
 esac
