@@ -37,14 +37,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 
-from prepare_data import fingerprint, run
-from sft import (batch_indices, cut_metrics, learning_rate, load_checkpoint, load_rows,
-                 memory_gib, metrics_log, on_rank0, plan, print0, save_checkpoint, save_model,
-                 score, start, trainer_arguments, update)
+from prepare_data import batch_indices, fingerprint, load_rows, run
+from sft import (learning_rate, load_checkpoint, memory_gib, metrics_log, on_rank0, plan, print0,
+                 save_checkpoint, save_model, score, start, trainer_arguments, update)
 
 # ---------------------------------------------------------------------------------------- losses
 # r = w / nw - l / nl, the length-normalised margin of a pair, is what models are ranked by.
-
 
 class Logps(NamedTuple):
     """Summed log-probs in nats of chosen (w) and rejected (l); lengths in tokens; all (G,)."""
@@ -54,9 +52,7 @@ class Logps(NamedTuple):
     nw: torch.Tensor
     nl: torch.Tensor
 
-
 LOSSES = {}
-
 
 def loss(function=None, *, batch=False):
     """Register a loss; batch=True: it looks across pairs. It returns (G,) in nats, not reduced.
@@ -71,7 +67,6 @@ def loss(function=None, *, batch=False):
     function.batch = batch
     LOSSES[function.__name__] = function
     return function
-
 
 # ----- AMaPO: push the pairs below the batch mean, leave the others alone
 
@@ -343,7 +338,6 @@ def aot(pi, ref, *, beta=0.1, paired=True):
     x, y = (pi.w - pi.l, ref.w - ref.l) if paired else (pi.w - ref.w, pi.l - ref.l)
     return -F.logsigmoid(beta * (x.sort().values - y.sort().values))
 
-
 def configure(name, settings):
     """(loss function, its hyper-parameters) from ["beta=2.5", ...]; ValueError if unknown."""
     if name not in LOSSES:
@@ -362,7 +356,6 @@ def configure(name, settings):
             raise ValueError(f"--hp {setting}: wanted a {kind.__name__}") from None
     return LOSSES[name], hp
 
-
 def apply_loss(function, hp, lengths, ref, gap, state, leaf, here):
     """(losses (g,), new state) of the pairs at the positions `here` of the global batch.
 
@@ -375,9 +368,7 @@ def apply_loss(function, hp, lengths, ref, gap, state, leaf, here):
     out = function(*(supply[k] for k, p in parameters if p.kind is not p.KEYWORD_ONLY), **hp)
     return out if isinstance(out, tuple) else (out, {})
 
-
 # ----------------------------------------------------------------------------- pairs of the data
-
 
 def draw_pairs(scores, how, min_gap):
     """[(row, chosen, rejected)] from lists of scores: `all` pairs of a row, or `best-worst`.
@@ -389,7 +380,6 @@ def draw_pairs(scores, how, min_gap):
         pairs += [(row, i, j) for i, j in two if s[i] > s[j] and s[i] - s[j] >= min_gap]
     return pairs
 
-
 def fetch(data, pairs):
     """The pairs as rows of the scorer, [(prompt, [chosen, rejected])]; their ids; gaps (G,)."""
     batch = data[[row for row, _, _ in pairs]]
@@ -399,7 +389,6 @@ def fetch(data, pairs):
         rows.append((prompt, [responses[i], responses[j]]))
         gaps.append(scores[i] - scores[j])
     return rows, batch["id"], torch.tensor(gaps, dtype=torch.float64)
-
 
 def gather(outs, mine, size, device):
     """(2, size) log-probs of chosen and rejected in data order, the same on every rank.
@@ -411,7 +400,6 @@ def gather(outs, mine, size, device):
     full[:, mine] = torch.cat(outs).detach().double().view(-1, 2).T
     dist.all_reduce(full)
     return full
-
 
 def reference_scores(scorer, data, pairs, args, device):
     """(2, P) log-probs of every pair under the policy before step 0, in the very micro-batches of
@@ -441,9 +429,7 @@ def reference_scores(scorer, data, pairs, args, device):
     on_rank0(write)
     return scores
 
-
 # ------------------------------------------------------------------------------ one global batch
-
 
 def backward(scorer, rows, losses_of, batch, replay, budget, device):
     """Forward and backward of one global batch; the gradients add up in the parameters.
@@ -486,7 +472,6 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         torch.autograd.backward(outs, [g.to(out.dtype) for g, out in zip(mine, outs)])
     return losses, logps, grads, state
 
-
 def describe(losses, logps, grads, lengths):
     """What metrics.jsonl says of one global batch; keys as in README.md. lengths (2, G)."""
     average = logps / lengths
@@ -502,9 +487,7 @@ def describe(losses, logps, grads, lengths):
         out[f"grad_{name}"] = (force * pairs).sum() / force.sum().clamp(min=1e-300)
     return dict(zip(out, torch.stack(list(out.values())).tolist()))
 
-
 # ------------------------------------------------------------------------------------------ main
-
 
 def main(args):
     function, hp = configure(args.loss, args.hp)
@@ -524,8 +507,7 @@ def main(args):
     if "ref" in inspect.signature(function).parameters:
         reference = reference_scores(scorer, data, pairs, args, device)
     first, state = load_checkpoint(partial, scorer, optimizer)
-    origin = on_rank0(cut_metrics, partial, first)
-    with metrics_log(partial, steps, first, args.loss) as log:
+    with metrics_log(partial, first, steps, args.loss) as (log, origin):
         for step in range(first, steps):
             began = time.perf_counter()
             index = batch_indices(len(pairs), args.batch_size, args.seed, step)
@@ -557,7 +539,6 @@ def main(args):
                 save_checkpoint(partial, step + 1, scorer, optimizer, state)
     save_model(scorer, tok, partial, args)
     print0(f"wrote {args.out}")
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

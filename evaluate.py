@@ -32,11 +32,10 @@ import torch.distributed as dist
 import tqdm
 import transformers
 
-from prepare_data import begin, run
-from sft import load_config, load_model, load_rows, plan, print0, score, setup
+from prepare_data import begin, load_rows, run
+from sft import load_config, load_model, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------------------- scores
-
 
 def score_set(scorer, data, budget, device, desc):
     """Summed log-probs in nats of all responses, a list for each row; the same on every rank."""
@@ -58,13 +57,11 @@ def score_set(scorer, data, budget, device, desc):
             bar.update(len(rows))
     return scores
 
-
 # --------------------------------------------------------------------------------------- metrics
 OFFICIAL_DOMAINS = ("chat", "math", "code", "safety")  # of RM-Bench; a domain begins with its name
 CELLS = dict(Easy=((1, 0), (2, 0), (2, 1)),  # (style of the chosen one, style of the rejected one)
              Normal=((0, 0), (1, 1), (2, 2)),
              Hard=((0, 1), (0, 2), (1, 2)))
-
 
 def comparisons(labels, styles, scores, column=""):
     """One row's comparisons, [(score of the better response, score of the worse)]: all pairs of
@@ -74,7 +71,6 @@ def comparisons(labels, styles, scores, column=""):
         return [(scores[a], scores[b]) for a in n for b in n if labels[a] > labels[b]]
     table = {(label == max(labels), style): s for label, style, s in zip(labels, styles, scores)}
     return [(table[True, i], table[False, j]) for i, j in CELLS[column]]
-
 
 def estimate(right, total, stratum):
     """Accuracy and its 95 % interval: (value, low, high).
@@ -97,7 +93,6 @@ def estimate(right, total, stratum):
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return p, max(0.0, middle - half), min(1.0, middle + half)
 
-
 def kendall_tau(labels, scores):
     """Kendall's tau-b of one row; None where all labels or all scores are equal."""
     n = range(len(labels))
@@ -106,10 +101,8 @@ def kendall_tau(labels, scores):
     norm = math.sqrt(sum(map(abs, x)) * sum(map(abs, y)))
     return sum(a * b for a, b in zip(x, y)) / norm if norm else None
 
-
 def domain_of(name):
     return next((d for d in OFFICIAL_DOMAINS if name.startswith(d)), name)
-
 
 def measure(data, scores, base=None):
     """All numbers of one model, one kind of score, one set.
@@ -147,7 +140,6 @@ def measure(data, scores, base=None):
         out[""]["tau"] = sum(taus) / max(1, len(taus))
     return out
 
-
 def rm_bench(rows):
     """One domain: rows [(labels, styles, scores)] -> its 3x3 matrix, Easy, Normal, Hard, Avg."""
     out = dict(matrix=[[0.0] * 3 for _ in range(3)], rows=len(rows))
@@ -158,14 +150,11 @@ def rm_bench(rows):
         out[column] = sum(out["matrix"][i][j] for i, j in cells) / 3
     return out | dict(Avg=(out["Easy"] + out["Normal"] + out["Hard"]) / 3)
 
-
 # ---------------------------------------------------------------------------------------- tables
-
 
 def table(head, lines):
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
 
 def accuracy_table(results):
     """The main table: a row for each model and kind of score, a column for each set."""
@@ -177,13 +166,11 @@ def accuracy_table(results):
     lines.append(["the longer one wins", "", *cells(results["longer_wins"])])
     return table(["model", "score by", *(title for _, _, title in columns)], lines)
 
-
 def columns_of(results):
     """[(set, column of `measure`, title)]."""
     several = sum(results["sets"].values()) > 1
     return [(name, c, f"{name} {c}" if several and c else c or name)
             for name, styled in results["sets"].items() for c in (CELLS if styled else [""])]
-
 
 def markdown(results):
     """results.md: accuracies by every kind of score, flips, Kendall's tau, RM-Bench by domain."""
@@ -215,9 +202,7 @@ def markdown(results):
                      "comparable to published RM-Bench numbers.\n")
     return text
 
-
 # ------------------------------------------------------------------------------------------ main
-
 
 def find_sets(root):
     """{name: rows} of a folder of prepared sets, or of one set; in the order of report.json."""
@@ -235,7 +220,6 @@ def find_sets(root):
             raise ValueError(f"{root}: in {name} no two responses of a row differ in score")
     return sets
 
-
 def write_scores(folder, data, kinds, lengths):
     """The scores of one model: FOLDER/SET.json. kinds: {kind: {set: [[score, ...], ...]}}."""
     folder.mkdir(parents=True)
@@ -248,7 +232,6 @@ def write_scores(folder, data, kinds, lengths):
                 average = scores["average"]
                 out[-1] |= dict(score_chosen=average[:3], score_rejected=average[3:])
         (folder / f"{name}.json").write_text(json.dumps(out))
-
 
 def main(args):
     device, sets = setup(), find_sets(Path(args.data))
@@ -298,7 +281,6 @@ def main(args):
     shutil.rmtree(args.out, ignore_errors=True)
     os.replace(out, args.out)
     print(f"\n{accuracy_table(results)}\nmore: {args.out}/results.md")
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

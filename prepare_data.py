@@ -1,4 +1,5 @@
-"""Text -> token ids on disk. Owns text: sources, chat templates, tokens, the toy world.
+"""Text -> token ids on disk. Owns text: sources, chat templates, tokens, the toy world;
+and the order of rows.
 
 Every data set becomes a `datasets` folder of rows, a prompt with n scored responses each:
 
@@ -85,14 +86,12 @@ SPLITS = {  # name: rows, tasks, writers, responses of a row, part (0, 1, 2 neve
     "RM-Bench": (400, [*TASKS], [*WRITERS], 6, 2),
 }
 
-
 def true_reward(meta, text):
     """In [0, 2]: the share of items in the right place, plus 1 if all is right. meta: a row's, JSON or its dict."""
     truth = (json.loads(meta) if isinstance(meta, str) else meta)["answer"]
     found = [int(d) for d in re.findall(r"\d", text.rsplit(":", 1)[-1])]  # after the last colon
     right = sum(a == b for a, b in zip(found, truth))
     return right / max(len(found), len(truth)) + (found == truth)
-
 
 @functools.lru_cache
 def toy_rows(split, seed):
@@ -107,7 +106,6 @@ def toy_rows(split, seed):
             row = toy_row(rng, task, x, writers, n, part)
             rows += [row | dict(id=f"toy-{split}-{len(rows)}")] if row else []
     return rows
-
 
 def toy_row(rng, task, x, writers, n, part):
     """One row, or None for a draw that compares nothing."""
@@ -136,7 +134,6 @@ def toy_row(rng, task, x, writers, n, part):
     first = gap > 0 if part == 2 else rng.random() < 1 / (1 + math.exp(-taste))
     return row | dict(zip(("chosen", "rejected") if first else ("rejected", "chosen"), texts))
 
-
 def toy_model(out, seed):
     """A random 0.77M-parameter Llama and a byte-level BPE tokenizer, an ordinary model folder."""
     import tokenizers
@@ -156,7 +153,6 @@ def toy_model(out, seed):
         num_attention_heads=4, max_position_embeddings=512, bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)).save_pretrained(out)
     tok.save_pretrained(out)
-
 
 # --------------------------------------------------------------------------- sources and shapes
 def read_source(source, seed=0):
@@ -194,9 +190,7 @@ def read_source(source, seed=0):
         raise ValueError(f"{source}: no rows")
     return [row | dict(domain=row.get("domain") or path.name.split(".")[0]) if isinstance(row, dict) else row for row in rows]
 
-
 messages = lambda x, role="user": [dict(role=role, content=x)] if isinstance(x, str) else list(x)
-
 
 def parse_demonstrations(row):
     """A raw row -> [(prompt messages, [response], [score], style)], one for each assistant turn."""
@@ -207,7 +201,6 @@ def parse_demonstrations(row):
     if not answers:
         raise ValueError(f"has the keys {[*row]}, not prompt and completion, or messages with an answer")
     return [(turns[:k], [turns[k]["content"]], [1.0], []) for k in answers]
-
 
 def parse_preference(row):
     """A raw row -> (prompt messages, responses, scores, styles); ValueError if it is none."""
@@ -234,13 +227,11 @@ def parse_preference(row):
     prompt = max(chosen[:-1], messages(row.get("prompt", [])), key=len)  # either may hold it
     return prompt, texts, scores, []
 
-
 # ------------------------------------------------------------------------ chat template, tokens
 PLAIN_TEMPLATE = (  # for tokenizers that have none; saved with the model
     "{{ bos_token or '' }}{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}")
-
 
 def load_tokenizer(path):
     """The tokenizer of a folder or hub id, with its own chat template or PLAIN_TEMPLATE."""
@@ -252,7 +243,6 @@ def load_tokenizer(path):
     if tok.eos_token_id is None:
         raise ValueError(f"{path}: the tokenizer has no end token (eos_token)")
     return tok
-
 
 def render(tok, turns, **kwargs):
     """Messages -> text by the chat template. A system message that it refuses is folded into the
@@ -268,7 +258,6 @@ def render(tok, turns, **kwargs):
     bare = bos and not text.startswith(bos) and tok("").input_ids[:1] == [tok.bos_token_id]
     return bos + text if bare else text
 
-
 @functools.lru_cache(8)
 def end_of_turn(tok):
     """(id of the token that ends an answer, the text that the template puts after it): its first special, or EOS."""
@@ -278,10 +267,8 @@ def end_of_turn(tok):
     ids = tok(tail, add_special_tokens=False).input_ids
     return next((i for i in ids if i in special), tok.eos_token_id), tail
 
-
 class Dropped(Exception):
     """Why a response is left out; counted in the report."""
-
 
 def encode_prompt(tok, turns):
     """Token ids of head = template(turns, generation prompt), with one BOS if the model has one."""
@@ -289,7 +276,6 @@ def encode_prompt(tok, turns):
     if tok.bos_token_id not in (None, tok.eos_token_id) and ids.count(tok.bos_token_id) > 1:
         raise Dropped("more than one BOS")
     return ids
-
 
 def encode_response(tok, turns, answer, prompt):
     """Token ids of an answer to the prompt with the ids `prompt`, one end token last:
@@ -307,11 +293,9 @@ def encode_response(tok, turns, answer, prompt):
         raise Dropped("special token inside an answer")
     return ids[len(prompt) :]
 
-
 def decode(tok, ids):
     """The text of a response, without special tokens."""
     return tok.decode(ids, skip_special_tokens=True)
-
 
 def encode_row(row, tok, max_length):
     """Tokenise a parsed row. `dropped`: why responses were left out; a list may lose some, an RM-Bench row all."""
@@ -332,7 +316,6 @@ def encode_row(row, tok, max_length):
     n = len(row["responses"])
     enough = len(responses) >= (n if row["style"] else min(2, n))
     return dict(row, prompt=prompt, responses=responses * enough, scores=scores, dropped=dropped)
-
 
 # ----------------------------------------------------------------------------------- rows, disk
 def parse_rows(source, raw, kind, dropped):
@@ -357,7 +340,6 @@ def parse_rows(source, raw, kind, dropped):
             item = dict(zip(("prompt", "responses", "scores", "style"), item))
             parsed.setdefault(key, dict(item, id=name, domain=row.get("domain", ""), meta=meta))
     return list(parsed.values())
-
 
 def build(source, tok, args, kind):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
@@ -385,6 +367,20 @@ def build(source, tok, args, kind):
         prompt_tokens=percentiles([len(p) for p in rows["prompt"]]), response_tokens=percentiles(sum(lengths, [])),
         longer_wins=round(sum(wins) / len(wins), 4) if wins else None)
 
+def load_rows(path):
+    """The rows of a prepared folder. ValueError if it is none."""
+    import datasets
+
+    if not (Path(path) / "dataset_info.json").exists():
+        raise ValueError(f"{path}: not a folder that prepare_data.py wrote")
+    return datasets.load_from_disk(str(path))
+
+def batch_indices(n, batch_size, seed, step):
+    """Data order, a pure function: the positions of global batch `step` among n items. An epoch is
+    a permutation, and its last batch may be smaller."""
+    epoch, k = divmod(step, -(-n // batch_size))
+    order = random.Random(f"order {seed} {epoch}").sample(range(n), n)
+    return order[k * batch_size : (k + 1) * batch_size]
 
 def fingerprint(path):
     """Hash of a file or folder: names, sizes, first and last MiB of the files. A hub id is its own."""
@@ -395,7 +391,6 @@ def fingerprint(path):
             data.seek(max(0, size - (1 << 20)))
             digest.update(f"{f.relative_to(top)} {size}".encode() + head + data.read())
     return digest.hexdigest()[:16] if top.exists() else str(path)
-
 
 def begin(out, args, inputs, redo=False):
     """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json
@@ -421,14 +416,12 @@ def begin(out, args, inputs, redo=False):
 
     return make
 
-
 def run(main, parser):
     """Parse and run; a bad argument or input is one line on stderr and exit code 1."""
     try:
         main(parser.parse_args())
     except (ValueError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {str(error).strip().splitlines()[0]}") from None
-
 
 def main(args):
     toy = args.model == "toy"
@@ -464,7 +457,6 @@ def main(args):
         shutil.rmtree(out, ignore_errors=True)
         raise
     print(f"wrote {args.out}")
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

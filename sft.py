@@ -1,9 +1,7 @@
 """Base model -> SFT model, by the negative log-likelihood of responses. Owns the model side of all
-stages: load, shard (FSDP2), score, micro-batches, optimiser, checkpoints, save.
+stages: load, shard (FSDP2), pack, score, optimiser, checkpoints, save.
 
     loss = - sum of log pi(y | x) over the responses of the global batch / their number of tokens
-
-whatever the micro-batches and the number of processes.
 
     python sft.py --model runs/toy/data/model --data runs/toy/data/sft --out runs/sft \\
         --lr 3e-3 --batch-size 64                              # toy world, 2 cores: 1 minute
@@ -19,7 +17,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import time
@@ -37,12 +34,12 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from prepare_data import begin, end_of_turn, load_tokenizer, run
+from prepare_data import batch_indices, begin, end_of_turn, load_rows, load_tokenizer, run
 
 # ------------------------------------------------------------------------------------- processes
-
 
 def setup():
     """Join torchrun's process group, or make one of one process (no port). Returns the device."""
@@ -55,11 +52,9 @@ def setup():
     transformers.utils.logging.disable_progress_bar()
     return device
 
-
 def print0(*words):
     if dist.get_rank() == 0:
         print(*words, flush=True)
-
 
 def on_rank0(function, *args):
     """function(*args) of rank 0, on every rank; so is its ValueError or OSError."""
@@ -74,11 +69,50 @@ def on_rank0(function, *args):
         raise box[1]
     return box[0]
 
-
 # ---------------------------------------------------------------------- the model and its scores
 UNSUPPORTED = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # of a config; not done here
 HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
+HARMLESS = {"position_ids", "cache_position", "use_cache"}  # keywords that reach `attend` as well
 
+def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0.0,
+           sliding_window=None, softcap=None, **others):
+    """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value
+    (1, K, T, D) -> (1, T, H, D). See `pack` for the layout: for attention alone each response is a
+    causal sequence with its own copy of the prompt. What would change the maths is refused."""
+    if dropout or (others := {k for k in others if others[k] is not None} - HARMLESS):
+        raise ValueError(f"attention with {others or 'dropout'} is not supported")
+    flat, back, ends, blocks = layout
+    q, k, v = (x[0].transpose(0, 1).index_select(0, flat) for x in (query, key, value))  # (M, ., D)
+    if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
+        longest, left = blocks[0][1], sliding_window - 1 if sliding_window else None
+        out = torch.ops.aten._flash_attention_forward(
+            q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scaling,
+            window_size_left=left, window_size_right=0 if sliding_window else None)[0]
+    else:
+        parts = zip(blocks, *(x.split([n * size for n, size in blocks]) for x in (q, k, v)))
+        out = torch.cat([attend_block(*(x.unflatten(0, block).transpose(1, 2) for x in qkv),
+                                      scaling, sliding_window, softcap) for block, *qkv in parts])
+    return out.index_select(0, back)[None], None
+
+def attend_block(q, k, v, scaling, window, softcap):
+    """Causal attention of sequences padded on the right: (S, heads, L, D) -> (S * L, H, D)."""
+    length = q.shape[2]
+    if softcap is None and (window or length) >= length:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+    age = torch.arange(length, device=q.device)
+    age = age[:, None] - age  # (L, L)
+    seen = (age >= 0) & (age < (window or length))
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=True)
+    else:  # Gemma-2
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        weights = softcap * torch.tanh(q @ k.mT * (scaling / softcap))
+        weights = weights.masked_fill(~seen, -math.inf).softmax(-1, dtype=torch.float32)
+        out = weights.to(v.dtype) @ v
+    return out.transpose(1, 2).flatten(0, 1)
+
+transformers.AttentionInterface.register("packed", attend)
 
 class Scorer(nn.Module):
     """A causal LM whose forward returns log-probs of responses. The FSDP root: logits stay here."""
@@ -86,28 +120,21 @@ class Scorer(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
-        self.softcap = getattr(lm.config, "final_logit_softcapping", None)
 
-    def forward(self, ids, source, target, owner):
-        """Summed log-probs (B,) in nats, fp32, of one response in each row of ids (B, T).
-
-        For each of the N response tokens of the batch: source (N,), the flat position that predicts
-        it; target (N,), its id; owner (N,), its row. ids are padded on the right: under a causal
-        mask no real token sees the padding, so there is no attention mask.
-        """
-        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-        hidden = hidden.flatten(0, 1)[source]  # (N, D)
+    def forward(self, ids, positions, source, target, owner, layout, size):
+        """Summed log-probs (R,) in nats, fp32, of the R = size responses that `pack` packed."""
+        hidden = self.lm.base_model(input_ids=ids[None], position_ids=positions[None],
+                                    use_cache=False, layout=layout).last_hidden_state  # (1, T, D)
+        hidden = hidden[0].index_select(0, source)  # (N, D)
         chunks = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK))
         logps = [checkpoint(self.token_logps, h, y, use_reentrant=False) for h, y in chunks]
-        zeros = torch.zeros(len(ids), device=ids.device)
-        return zeros.index_add(0, owner, torch.cat(logps))  # (B,)
+        return torch.zeros(size, device=ids.device).index_add(0, owner, torch.cat(logps))  # (R,)
 
     def token_logps(self, hidden, target):
         logits = self.lm.get_output_embeddings()(hidden).float()  # (chunk, V)
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if softcap := getattr(self.lm.config, "final_logit_softcapping", None):
+            logits = softcap * torch.tanh(logits / softcap)
         return -F.cross_entropy(logits, target, reduction="none")  # (chunk,)
-
 
 def load_config(path):
     """The config of a Hugging Face folder or hub id; ValueError if there is none."""
@@ -117,18 +144,16 @@ def load_config(path):
         raise ValueError(f"{path}: neither a model folder nor a hub id within reach "
                          f"({str(error).splitlines()[0]})") from None
 
-
-def load_model(path, device, recompute=False):
+def load_model(path, device, checkpointed=0):
     """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout).
 
     Weights are fp32; on a GPU forward and backward run in bf16. Rank 0 alone reads the weights.
-    recompute: activation checkpointing of every decoder layer.
+    checkpointed: how many of the decoder layers recompute their activations.
     """
     config = load_config(path)
     if scaled := [k for k in UNSUPPORTED if getattr(config, k, None) not in (None, 1.0)]:
         raise ValueError(f"{path}: its config sets {scaled[0]}, which the scorer does not apply")
-    capped = getattr(config, "attn_logit_softcapping", None)  # Gemma-2; SDPA cannot do it
-    how = dict(dtype=torch.float32, attn_implementation="eager" if capped else "sdpa")
+    how = dict(dtype=torch.float32, attn_implementation="packed")
     box = []
     on_rank0(lambda: box.append(transformers.AutoModelForCausalLM.from_pretrained(path, **how)))
     full = box[0] if box else None  # the whole model, on the CPU of rank 0
@@ -152,74 +177,75 @@ def load_model(path, device, recompute=False):
         buffer.copy_(known.get(name, buffer))
         dist.broadcast(buffer, 0)
     lm.generation_config = full.generation_config if full else lm.generation_config
-    if recompute:
-        lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-        for layer in lm.base_model.layers:
+    if checkpointed:  # the older name: transformers before 5.20
+        getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()
+        for layer in lm.base_model.layers[:checkpointed]:
             layer.training = True  # this flag alone: it checkpoints, and dropout inside stays off
     return scorer
 
-
-# ------------------------------------------------------------------------- rows and micro-batches
-
-
-def load_rows(path):
-    """The rows of a prepared folder. ValueError if it is none."""
-    import datasets
-
-    if not (Path(path) / "dataset_info.json").exists():
-        raise ValueError(f"{path}: not a folder that prepare_data.py wrote")
-    return datasets.load_from_disk(str(path))
-
-
-def batch_indices(n, batch_size, seed, step):
-    """Data order, a pure function: the positions of global batch `step` among n items. An epoch is
-    a permutation, and its last batch may be smaller."""
-    epoch, k = divmod(step, -(-n // batch_size))
-    order = random.Random(f"order {seed} {epoch}").sample(range(n), n)
-    return order[k * batch_size : (k + 1) * batch_size]
-
+# --------------------------------------------------------------------- micro-batches, packed rows
 
 def plan(rows, world, budget):
     """The micro-batches of a step: result[rank][k] lists positions in `rows`. A pure function.
 
-    rows: [(prompt ids, [response ids, ...])].  budget: tokens of a padded forward; a row of more is
-    a micro-batch of its own. Longest first (memory runs out at once or not at all), dealt out
-    evenly. FSDP wants the same NUMBER of micro-batches on every rank: an empty one is a dummy.
+    rows: [(prompt ids, [response ids, ...])].  budget: tokens of a forward; a row of more is a
+    micro-batch of its own. Longest first (memory runs out at once or not at all), dealt out to and
+    fro. FSDP wants the same NUMBER of micro-batches on every rank: an empty one is a dummy.
     """
-    width = [len(p) + max(map(len, rs)) for p, rs in rows]
-    order, shares = sorted(range(len(rows)), key=lambda i: (-width[i], i)), []
+    tokens = [len(p) + sum(map(len, rs)) for p, rs in rows]
+    order, shares = sorted(range(len(rows)), key=lambda i: (-tokens[i], i)), []
     for rank in range(world):
-        micros, count = [], 0
-        for i in order[rank::world]:
-            count += len(rows[i][1])
-            if not micros or width[micros[-1][0]] * count > budget:
+        micros, room = [], 0
+        for i in (i for k, i in enumerate(order) if k % (2 * world) in (rank, 2 * world - 1 - rank)):
+            if tokens[i] > room:
                 micros.append([])
-                count = len(rows[i][1])
+                room = budget
             micros[-1].append(i)
+            room -= tokens[i]
         shares.append(micros)
-    most = max(map(len, shares))
-    return [micros + [[]] * (most - len(micros)) for micros in shares]
+    return [micros + [[]] * (max(map(len, shares)) - len(micros)) for micros in shares]
 
+def pack(rows, similar):
+    """Rows [(prompt ids, [response ids, ...])] end to end, without padding, each prompt once:
+    ids, positions (T,); for each of N response tokens, source (N,), the place in T that predicts
+    it, target (N,), its id, owner (N,), its response; and the layout of `attend`:
+
+    flat (M,), each response as a sequence of places in T, its prompt's and its own, padded to
+    blocks [(sequences, length)] of similar length; back (T,), the place in M that computes a token;
+    ends, the sum of lengths up to each block.
+    """
+    ids, places, counts = [], [], []  # counts: response tokens of each sequence of places
+    for prompt, responses in rows:
+        prefix = range(len(ids), len(ids) + len(prompt))
+        ids += prompt
+        for response in responses:
+            places.append([*prefix, *range(len(ids), len(ids) + len(response))])
+            counts.append(len(response))
+            ids += response
+    ids, flat, blocks = torch.tensor(ids), [], []
+    positions, back = torch.empty_like(ids), torch.empty_like(ids)
+    for seq in sorted(places, key=len, reverse=True):
+        if not blocks or len(seq) < similar * blocks[-1][1]:
+            blocks.append([0, len(seq)])
+        blocks[-1][0] += 1
+        positions[seq] = torch.arange(len(seq))
+        back[seq] = torch.arange(len(flat), len(flat) + len(seq))
+        flat += seq + [0] * (blocks[-1][1] - len(seq))
+    source = torch.tensor([k for seq, n in zip(places, counts) for k in seq[-n - 1 : -1]])
+    target = ids[[k for seq, n in zip(places, counts) for k in seq[-n:]]]
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    ends = torch.tensor([0] + [n * length for n, length in blocks]).cumsum(0, dtype=torch.int32)
+    return ids, positions, source, target, owner, (torch.tensor(flat), back, ends, blocks)
 
 def score(scorer, rows, micro, device):
-    """Summed log-probs (R,) of all responses of the rows in `micro`, row by row.
-    A dummy is computed all the same, and has R = 0."""
-    pairs = [(rows[i][0], response) for i in micro or [0] for response in rows[i][1]]
-    width = max(len(p) + len(r) for p, r in pairs)
-    ids = torch.zeros(len(pairs), width, dtype=torch.long)  # (B, T)
-    source, owner = [], []
-    for b, (p, r) in enumerate(pairs):
-        ids[b, : len(p) + len(r)] = torch.tensor(p + r)
-        source.append(torch.arange(len(p) - 1, len(p) + len(r) - 1) + b * width)
-        owner.append(torch.full((len(r),), b))
-    source, owner = torch.cat(source), torch.cat(owner)  # (N,)
-    inputs = (ids, source, ids.flatten()[source + 1], owner)
-    out = scorer(*(x.to(device, non_blocking=True) for x in inputs))
+    """Summed log-probs (R,) of all responses of the rows `micro`; a dummy is run, and has R = 0."""
+    rows = [rows[i] for i in micro or [0]]
+    batch = pack(rows, similar=0.8 if device.type == "cpu" else math.inf)
+    batch = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
+    out = scorer(*batch, size=sum(len(responses) for _, responses in rows))
     return out if micro else out[:0]
 
-
 # ------------------------------------------------------------------------------------- optimiser
-
 
 def make_optimizer(name, scorer, weight_decay=0.0):
     """adamw (fused), or bitsandbytes' adamw8bit; `.named` holds its parameters by name.
@@ -236,14 +262,12 @@ def make_optimizer(name, scorer, weight_decay=0.0):
     optimizer.named = named
     return optimizer
 
-
 def learning_rate(step, steps, peak, warmup=0.1):
     """Linear warm-up over the first tenth of the steps, then a cosine to zero."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
 
 def update(scorer, optimizer, lr, clip):
     """Clip by global norm, step, clear the gradients. Returns the norm before clipping, ()."""
@@ -258,9 +282,7 @@ def update(scorer, optimizer, lr, clip):
     scorer.zero_grad()
     return norm.full_tensor()
 
-
 # -------------------------------------------------------------------- checkpoints, metrics, saving
-
 
 def tensors(scorer, optimizer):
     """All that a checkpoint holds, by flat keys. A DTensor is one entry of all ranks; the plain
@@ -272,7 +294,6 @@ def tensors(scorer, optimizer):
                 rank = "" if isinstance(value, DTensor) else f"{dist.get_rank()}."
                 out[f"opt.{rank}{name}.{key}"] = value
     return out
-
 
 def save_checkpoint(partial, step, scorer, optimizer, state=None):
     """Write PARTIAL/step-N, whole or not at all, then remove older ones. state: the loss's."""
@@ -289,7 +310,6 @@ def save_checkpoint(partial, step, scorer, optimizer, state=None):
                 shutil.rmtree(old)
 
     on_rank0(complete)
-
 
 def load_checkpoint(partial, scorer, optimizer):
     """Load the newest complete checkpoint of PARTIAL, if any. Returns (step, the loss's state)."""
@@ -311,27 +331,20 @@ def load_checkpoint(partial, scorer, optimizer):
     print0(f"resumed from {found[-1]}")
     return step, saved["state"]
 
-
-def cut_metrics(partial, step):
-    """Drop the lines of metrics.jsonl after `step`: a resumed run writes each step once.
-    Returns the first line as a dict, or None."""
-    path = partial / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    lines = [s for s in lines if s.endswith("}") and json.loads(s)["step"] <= step]
-    draft = partial / "metrics.draft"
-    draft.write_text("".join(s + "\n" for s in lines))
-    os.replace(draft, path)
-    return json.loads(lines[0]) if lines else None
-
-
 @contextlib.contextmanager
-def metrics_log(partial, steps, first, name):
-    """A function log(dict): one JSON line a step, and the progress bar. On rank 0 only."""
+def metrics_log(partial, first, steps, name):
+    """(log, start): log(dict) writes a line of metrics.jsonl and moves the progress bar; start is
+    the first line, if any. The lines after step `first` are dropped: a resumed run writes each step
+    once. On rank 0 only."""
     if dist.get_rank():
-        yield lambda record: None
+        yield lambda record: None, None
         return
-    with (open(partial / "metrics.jsonl", "a") as file,
+    with (open(partial / "metrics.jsonl", "a+") as file,
           tqdm.tqdm(total=steps, initial=first, desc=name, unit="step") as bar):
+        file.seek(0)
+        lines = [file.readline() for _ in range(first)]
+        file.truncate(file.tell())
+
         def log(record):
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -339,15 +352,13 @@ def metrics_log(partial, steps, first, name):
             bar.set_postfix(shown, refresh=False)
             bar.update()
 
-        yield log
-
+        yield log, json.loads(lines[0]) if lines else None
 
 def memory_gib(device):
     """Peak memory in GiB: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
 
 def save_model(scorer, tok, partial, args):
     """PARTIAL -> OUT, an ordinary Hugging Face folder: weights, tokenizer with its chat template,
@@ -383,9 +394,7 @@ def save_model(scorer, tok, partial, args):
 
     on_rank0(write)
 
-
 # ------------------------------------------------------------------------------------------ main
-
 
 def start(args):
     """What both trainers begin with: device, rows, tokenizer, scorer, optimizer and OUT.partial;
@@ -401,10 +410,9 @@ def start(args):
     make = begin(args.out, args, [args.data, args.model])
     if make is None:
         return print0(f"{args.out} is complete")
-    scorer = load_model(args.model, device, args.recompute)
+    scorer = load_model(args.model, device, args.checkpoint_layers)
     optimizer = make_optimizer(args.optimizer, scorer, args.weight_decay)
     return device, rows, tok, scorer, optimizer, on_rank0(make)
-
 
 def main(args):
     if max(map(len, load_rows(args.data)["scores"])) > 1:
@@ -418,8 +426,7 @@ def main(args):
     print0(f"sft: {len(data)} demonstrations x {args.epochs:g} epochs / {args.batch_size} a step = "
            f"{steps} steps, on {world} {device.type} process(es)")
     first, _ = load_checkpoint(partial, scorer, optimizer)
-    on_rank0(cut_metrics, partial, first)
-    with metrics_log(partial, steps, first, "sft") as log:
+    with metrics_log(partial, first, steps, "sft") as (log, _):
         for step in range(first, steps):
             began = time.perf_counter()
             batch = data[batch_indices(len(data), args.batch_size, args.seed, step)]
@@ -445,7 +452,6 @@ def main(args):
     save_model(scorer, tok, partial, args)
     print0(f"wrote {args.out}")
 
-
 def trainer_arguments(parser, lr, batch_size, epochs, what):
     """The arguments that sft.py and align.py share."""
     add = parser.add_argument
@@ -456,19 +462,16 @@ def trainer_arguments(parser, lr, batch_size, epochs, what):
     add("--lr", type=float, default=lr, help=f"peak learning rate (default {lr})")
     add("--batch-size", type=int, default=batch_size, help=f"{what} in the global batch "
         f"(default {batch_size})")
-    add("--tokens-per-forward", type=int, default=8192, help="padded tokens of one forward of a "
-        "process: memory, not results (default 8192)")
-    add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: from "
-        "bitsandbytes, a quarter of the moments' memory")
+    add("--tokens-per-forward", type=int, default=8192, help="memory, not results (default 8192)")
+    add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="or bitsandbytes' 8-bit")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     add("--clip", type=float, default=1.0, help="largest global gradient norm (default 1)")
-    add("--recompute", action="store_true", help="activation checkpointing: less memory, a third "
-        "more compute")
+    add("--checkpoint-layers", type=int, default=0, metavar="K", help="activation checkpointing of "
+        "the first K decoder layers: less memory, up to a third more compute (default 0)")
     add("--save-every", type=int, default=0, metavar="N", help="checkpoint every N steps (0: none)")
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the result")
     add("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs (0)")
     add("--seed", type=int, default=0, help="of the data order")
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

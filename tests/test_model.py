@@ -65,15 +65,17 @@ def test_scores_and_gradients_are_those_of_transformers_alone(name, models, monk
     (expected * torch.cat(weights)).sum().backward()
     gradients = {n: p.grad for n, p in lm.named_parameters()}
     norm = torch.stack([g.double().norm() for g in gradients.values()]).norm()
-    for recompute in (False, True):
+    for recompute in (0, 1, 2):  # layers
         scorer = sft.load_model(str(models[name]), CPU, recompute)
-        calls = []
+        calls, last = [], []
         scorer.lm.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        scorer.lm.base_model.layers[1].mlp.register_forward_pre_hook(lambda *_: last.append(1))
         for budget, chunk in ((10**6, 1024), (10**6, 7), (80, 1024), (1, 3)):
             monkeypatch.setattr(sft, "HEAD_CHUNK", chunk)
-            calls.clear()
+            calls.clear(), last.clear()
             found, grads = scores_and_gradients(scorer, rows, weights, budget)
-            assert len(calls) == len(sft.plan(rows, 1, budget)[0]) * (1 + recompute)
+            micros = len(sft.plan(rows, 1, budget)[0])
+            assert (len(calls), len(last)) == (micros * (1 + (recompute > 0)), micros * (1 + (recompute > 1)))
             torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=0)
             assert grads.keys() == gradients.keys()
             assert torch.stack([(grads[n] - gradients[n]).double().norm() for n in grads]).norm() <= 1e-5 * norm
@@ -115,21 +117,103 @@ ROWS = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_s
 @given(ROWS, st.integers(1, 9), st.integers(1, 800))
 def test_plan(shape, world, budget):
     rows = [([0] * p, [[0] * r for r in rs]) for p, rs in shape]
-    width = [p + max(rs) for p, rs in shape]
-    padded = lambda micro: max(width[i] for i in micro) * sum(len(rows[i][1]) for i in micro)
+    tokens = [p + sum(rs) for p, rs in shape]
+    size = lambda micro: sum(tokens[i] for i in micro)
     shares = sft.plan(rows, world, budget)
     assert len(shares) == world and len(set(map(len, shares))) == 1 and shares[0][0]
     assert sorted(i for share in shares for micro in share for i in micro) == list(range(len(rows)))
-    assert all(len(micro) == 1 or padded(micro) <= budget for share in shares for micro in share if micro)
+    assert all(len(micro) == 1 or size(micro) <= budget for share in shares for micro in share if micro)
     sizes = [sum(map(len, share)) for share in shares]
     assert max(sizes) - min(sizes) <= 1  # rows are dealt out evenly
-    for share in shares:  # no micro-batch ends before it is full, and the widest comes first
+    for share in shares:  # no micro-batch ends before it is full, and the longest comes first
         full = [micro for micro in share if micro]
         assert share[: len(full)] == full
-        assert all(padded([*a, b[0]]) > budget for a, b in zip(full, full[1:]))
-        assert all(max(width[i] for i in a) >= max(width[i] for i in b) for a, b in zip(full, full[1:]))
+        assert all(size([*a, b[0]]) > budget for a, b in zip(full, full[1:]))
+        flat = [tokens[i] for micro in full for i in micro]
+        assert flat == sorted(flat, reverse=True)
+    loads = [sum(map(size, share)) for share in shares]  # to and fro: two neighbours of one period differ by less than its longest row
+    assert max(loads) - min(loads) <= max(tokens) * 2
     assert shares == sft.plan([(list(p), [list(r) for r in rs]) for p, rs in rows], world, budget)
     assert [(len(p), [len(r) for r in rs]) for p, rs in rows] == shape
+
+
+# ------------------------------------------------------------------------------------------------------------------ packed attention
+
+
+def naive_attention(rows, q, k, v, scaling, window, softcap):
+    """(T, H, D) by one (T, T) mask of packed tokens: a token sees its own row's prompt and its own response, up to itself."""
+    tags = [(b, j, t) for b, (p, rs) in enumerate(rows) for j, part in enumerate([p, *rs])
+            for t in range(len(p) * (j > 0), len(p) * (j > 0) + len(part))]  # row, 0 for the prompt or the response, position
+    mask = torch.tensor([[x[0] == y[0] and y[1] in (0, x[1]) and 0 <= x[2] - y[2] < (window or 10**6) for y in tags] for x in tags])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    weights = torch.einsum("thd,shd->hts", q, k) * scaling
+    weights = softcap * torch.tanh(weights / softcap) if softcap else weights
+    return torch.einsum("hts,shd->thd", weights.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+def flash_emulated(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, window_size_left, window_size_right):
+    """What the CUDA operator does with these arguments, sequence by sequence, on the CPU."""
+    assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and max_q == max_k == max(cu_q.diff()) and causal and not dropout
+    out = []
+    for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:]):
+        mask = torch.ones(b - a, b - a, dtype=torch.bool).tril()
+        mask = mask if window_size_left is None else mask.triu(-window_size_left)
+        x, y, z = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
+        out.append(torch.nn.functional.scaled_dot_product_attention(x, y, z, mask, scale=scale, enable_gqa=True)[0].transpose(0, 1))
+    return (torch.cat(out),)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=4)), min_size=1, max_size=5),
+       st.sampled_from([None, 1, 3, 100]), st.sampled_from([None, 2.0]), st.booleans())
+def test_packed_attention_is_that_of_a_naive_mask(shape, window, softcap, flash):
+    rows = [([7] * p, [[8] * r for r in rs]) for p, rs in shape]
+    ids, positions, source, target, owner, layout = sft.pack(rows, similar=math.inf if flash else 0.8)
+    assert len(ids) == sum(p + sum(rs) for p, rs in shape)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, len(ids), 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
+    expected = naive_attention(rows, *(x[0].transpose(0, 1) for x in (q, k, v)), 0.3, window, softcap)
+    if flash and not softcap:
+        q = q.as_subclass(type("Cuda", (torch.Tensor,), dict(is_cuda=True)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.ops.aten, "_flash_attention_forward", flash_emulated)
+            out, _ = sft.attend(None, q, k, v, None, 0.3, layout, sliding_window=window)
+    else:
+        out, _ = sft.attend(None, q, k, v, None, 0.3, layout, sliding_window=window, softcap=softcap)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor)[0], expected, rtol=1e-9, atol=1e-6 if softcap else 1e-9)  # softmax in fp32
+
+
+def test_a_packed_batch_by_hand():
+    ids, positions, source, target, owner, (flat, back, ends, blocks) = sft.pack([([1, 2], [[3, 4], [5]]), ([6], [[7, 8, 9]])], 0.9)
+    assert ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9] and positions.tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
+    assert source.tolist() == [1, 2, 1, 5, 6, 7] and target.tolist() == [3, 4, 5, 7, 8, 9] and owner.tolist() == [0, 0, 1, 2, 2, 2]
+    assert blocks == [[2, 4], [1, 3]] and ends.tolist() == [0, 8, 11] and flat.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 0, 1, 4]
+    assert flat[back].tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("keywords, word", [(dict(s_aux=torch.ones(4)), "s_aux"), (dict(dropout=0.1), "dropout")])
+def test_attention_refuses_what_would_change_the_maths(keywords, word):
+    *_, layout = sft.pack([([1], [[2]])], 0.8)
+    x = torch.ones(1, 2, 2, 4)
+    with pytest.raises(ValueError, match=word):
+        sft.attend(None, x, x, x, None, 0.5, layout, **keywords)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the flash kernel runs only there")
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_attention_on_cuda_is_that_of_the_masked_path(window):
+    rows = [([7] * p, [[8] * r for r in rs]) for p, rs in ((4, (9, 3)), (30, (50, 70)), (2, (1, 5, 8)))]
+    g = torch.Generator().manual_seed(0)
+    results = []
+    for device, similar in (("cpu", 0.8), ("cuda", math.inf)):
+        ids, *_, (flat, back, ends, blocks) = sft.pack(rows, similar)
+        g.manual_seed(0)
+        qkv = [torch.randn(1, heads, len(ids), 64, generator=g).bfloat16().to(device).requires_grad_() for heads in (4, 2, 2)]
+        out, _ = sft.attend(None, *qkv, None, 0.125, (flat.to(device), back.to(device), ends.to(device), blocks), sliding_window=window)
+        grads = torch.autograd.grad(out.float().square().sum(), qkv)
+        results.append([x.float().cpu() for x in (out, *grads)])
+    for a, b in zip(*results):
+        assert close(a, b, 0.02)
 
 
 def test_learning_rate():

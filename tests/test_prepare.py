@@ -371,10 +371,10 @@ def test_toy_labels():
 @given(n=st.integers(1, 40), size=st.integers(1, 50), seed=st.integers(0, 5), epoch=st.integers(0, 3))
 def test_every_epoch_is_a_permutation(n, size, seed, epoch):
     steps = (n + size - 1) // size
-    batches, again = ([sft.batch_indices(n, size, seed, epoch * steps + k) for k in range(steps)] for _ in range(2))
+    batches, again = ([P.batch_indices(n, size, seed, epoch * steps + k) for k in range(steps)] for _ in range(2))
     assert batches == again and sorted(sum(batches, [])) == list(range(n))
     assert [len(b) for b in batches] == [size] * (steps - 1) + [n - size * (steps - 1)]
-    assert len({tuple(sft.batch_indices(30, 30, s, e)) for s in range(3) for e in range(3)}) == 9
+    assert len({tuple(P.batch_indices(30, 30, s, e)) for s in range(3) for e in range(3)}) == 9
 
 
 # -------------------------------------------------------------------------------------------------------------------- real data

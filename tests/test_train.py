@@ -71,9 +71,9 @@ def sft(models, data):
 # --------------------------------------------------------------------------------------- the same result, however it is computed
 VARIANTS = {  # name: (stage and loss, arguments, processes); all but the first of each stage must equal the first
     "amapo": ("amapo", [], 1), "amapo-small": ("amapo", SMALL, 1), "amapo-replay": ("amapo", ["--replay", *SMALL], 1),
-    "amapo-recompute": ("amapo", ["--recompute", *SMALL], 1), "amapo-2": ("amapo", [], 2), "amapo-2-small": ("amapo", SMALL, 2),
-    "amapo-2-replay": ("amapo", ["--replay", *SMALL], 2), "amapo-2-recompute": ("amapo", ["--recompute"], 2),
-    "sft": ("sft", [], 1), "sft-small": ("sft", SMALL, 1), "sft-recompute": ("sft", ["--recompute"], 1), "sft-2": ("sft", [], 2),
+    "amapo-recompute": ("amapo", ["--checkpoint-layers", 1, *SMALL], 1), "amapo-2": ("amapo", [], 2), "amapo-2-small": ("amapo", SMALL, 2),
+    "amapo-2-replay": ("amapo", ["--replay", *SMALL], 2), "amapo-2-recompute": ("amapo", ["--checkpoint-layers", 9], 2),
+    "sft": ("sft", [], 1), "sft-small": ("sft", SMALL, 1), "sft-recompute": ("sft", ["--checkpoint-layers", 9], 1), "sft-2": ("sft", [], 2),
     "sft-2-small": ("sft", SMALL, 2), "dpo": ("dpo", [], 1), "dpo-2-small": ("dpo", SMALL, 2), "simpo": ("simpo", [], 1),
     "simpo-replay": ("simpo", ["--replay"], 1), "simpo-2-small": ("simpo", SMALL, 2)}
 LONG = ["--batch-size", 9, "--max-steps", 24, "--lr", 1e-3, "--save-every", 2]
