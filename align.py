@@ -58,8 +58,10 @@ def loss(function=None, *, batch=False):
     """Register a loss; batch=True: it looks across pairs. It returns (G,) in nats, not reduced.
 
     Positional parameters name what the loop supplies: `pi`, the policy's Logps; `ref`, the
-    reference's (computed once, cached); `gap` (G,), the score difference of each pair; `state`, a
-    dict of 0-d float64 tensors, {} at first: such a loss returns (losses, new state).
+    reference's (computed once, cached); `pi_head`, `ref_head`, those of the first min(nw, nl)
+    tokens; `kl` (G,), policy minus reference log-prob of the next pair's chosen response; `gap`
+    (G,), the score difference of each pair, or its --margins; `state`, a dict of 0-d float64
+    tensors, {} at first: such a loss returns (losses, new state).
     Keyword-only parameters are the hyper-parameters.
     """
     if function is None:
@@ -175,6 +177,14 @@ def rdpo(pi, ref, *, beta=0.1, alpha=0.05):
     R-DPO, arXiv 2403.19159; the sign by its derivation (some copies flip it); alpha unpublished."""
     logit = beta * ((pi.w - ref.w) - (pi.l - ref.l))
     return -F.logsigmoid(logit + alpha * (pi.nw - pi.nl))
+
+@loss
+def ld_dpo(pi, ref, pi_head, ref_head, *, beta=0.1, alpha=0.5):
+    """DPO on head + alpha * (sum - head), head: the first min(nw, nl) tokens.  LD-DPO, arXiv
+    2409.06411, as TRL has it: for the reference too."""
+    w, l = ((1 - alpha) * h + alpha * s for h, s in zip(pi_head[:2], pi[:2]))
+    ref_w, ref_l = ((1 - alpha) * h + alpha * s for h, s in zip(ref_head[:2], ref[:2]))
+    return -F.logsigmoid(beta * ((w - ref_w) - (l - ref_l)))
 
 @loss
 def odpo(pi, ref, gap, *, beta=0.1, alpha=1.0):
@@ -322,6 +332,13 @@ def running(state, x, ema):
                 step=old["step"] + 1)
 
 @loss(batch=True)
+def kto(pi, ref, kl, *, beta=0.1, lam_w=1.0, lam_l=1.0):
+    """[lam_w * s(beta * (z - u)) + lam_l * s(beta * (v - z))] / 2, z = max(0, mean kl), detached.
+    KTO, arXiv 2402.01306; the half makes the mean over pairs that over their 2 G responses."""
+    u, v, z = pi.w - ref.w, pi.l - ref.l, kl.detach().mean().clamp(min=0)
+    return 0.5 * (lam_w * torch.sigmoid(beta * (z - u)) + lam_l * torch.sigmoid(beta * (v - z)))
+
+@loss(batch=True)
 def bco(pi, ref, state, *, beta=0.1):
     """-log s(beta u - delta) - log s(-(beta v - delta)), delta: mean of all rewards beta u, beta v
     so far, this batch included, detached.  BCO, arXiv 2404.04656, as TRL has it."""
@@ -337,6 +354,13 @@ def aot(pi, ref, *, beta=0.1, paired=True):
     and v. The k-th loss, not that of pair k.  AOT, arXiv 2406.05882, as in TRL."""
     x, y = (pi.w - pi.l, ref.w - ref.l) if paired else (pi.w - ref.w, pi.l - ref.l)
     return -F.logsigmoid(beta * (x.sort().values - y.sort().values))
+
+# ----- a reward model: the scorer returns rewards, w and l, in place of log-probs
+
+@loss
+def reward(pi):
+    """-log s(w - l).  Bradley and Terry 1952; its margins w - l are what madpo takes."""
+    return -F.logsigmoid(pi.w - pi.l)
 
 def configure(name, settings):
     """(loss function, its hyper-parameters) from ["beta=2.5", ...]; ValueError if unknown."""
@@ -356,17 +380,25 @@ def configure(name, settings):
             raise ValueError(f"--hp {setting}: wanted a {kind.__name__}") from None
     return LOSSES[name], hp
 
-def apply_loss(function, hp, lengths, ref, gap, state, leaf, here):
+def wants(function):
+    """The names of what the loop has to supply to a loss."""
+    parameters = inspect.signature(function).parameters.items()
+    return [k for k, p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     """(losses (g,), new state) of the pairs at the positions `here` of the global batch.
 
-    leaf (2, g): their log-probs.  lengths (2, G), ref (2, G) or None, gap (G,): of the whole batch.
+    leaf (K, g): their log-probs, columns as in `fetch`.  lengths (K, G), ref (K, G) or None, gap
+    (G,): of the whole batch.  sft_weight: of -w / nw, added.
     """
-    supply = dict(pi=Logps(*leaf, *lengths[:, here]), gap=gap[here], state=state)
-    if ref is not None:
-        supply["ref"] = Logps(*ref[:, here], *lengths[:, here])
-    parameters = inspect.signature(function).parameters.items()
-    out = function(*(supply[k] for k, p in parameters if p.kind is not p.KEYWORD_ONLY), **hp)
-    return out if isinstance(out, tuple) else (out, {})
+    n, ref = lengths[:, here], torch.zeros_like(leaf) if ref is None else ref[:, here]
+    supply = dict(
+        pi=Logps(*leaf[:2], *n[:2]), ref=Logps(*ref[:2], *n[:2]), gap=gap[here], state=state,
+        pi_head=Logps(*leaf[-2:], *n[-2:]), ref_head=Logps(*ref[-2:], *n[-2:]),
+        kl=(leaf[-1] - ref[-1]).detach())
+    out = function(*(supply[k] for k in wants(function)), **hp)
+    values, state = out if isinstance(out, tuple) else (out, {})
+    return values - sft_weight * leaf[0] / n[0], state
 
 # ----------------------------------------------------------------------------- pairs of the data
 
@@ -380,46 +412,59 @@ def draw_pairs(scores, how, min_gap):
         pairs += [(row, i, j) for i, j in two if s[i] > s[j] and s[i] - s[j] >= min_gap]
     return pairs
 
-def fetch(data, pairs):
-    """The pairs as rows of the scorer, [(prompt, [chosen, rejected])]; their ids; gaps (G,)."""
-    batch = data[[row for row, _, _ in pairs]]
-    columns = zip(batch["prompt"], batch["responses"], batch["scores"], pairs)
-    rows, gaps = [], []
-    for prompt, responses, scores, (_, i, j) in columns:
-        rows.append((prompt, [responses[i], responses[j]]))
-        gaps.append(scores[i] - scores[j])
-    return rows, batch["id"], torch.tensor(gaps, dtype=torch.float64)
+def fetch(data, pairs, index, supply):
+    """The pairs at `index` as rows of the scorer, [(prompt, K responses)]; their ids; gaps (G,).
 
-def gather(outs, mine, size, device):
-    """(2, size) log-probs of chosen and rejected in data order, the same on every rank.
-
-    outs: this rank's, of the pairs at the positions `mine`. Each rank writes its own into zeros;
-    the sum over ranks is exact. float64, because G numbers are free.
+    K = 2, chosen and rejected. Where a loss wants more, it is more responses to the same prompt:
+    for kl the chosen one of the next pair, for pi_head both, cut to the shorter one's length.
     """
-    full = torch.zeros(2, size, dtype=torch.float64, device=device)
-    full[:, mine] = torch.cat(outs).detach().double().view(-1, 2).T
+    after = [(i + 1) % len(pairs) for i in index] if "kl" in supply else []
+    batch = data[[pairs[i][0] for i in [*index, *after]]]
+    responses, scores, rows, gaps = batch["responses"], batch["scores"], [], []
+    for k, i in enumerate(index):
+        _, w, l = pairs[i]
+        rows.append((batch["prompt"][k], [responses[k][w], responses[k][l]]))
+        gaps.append(scores[k][w] - scores[k][l])
+        if after:
+            rows[k][1].append(responses[len(index) + k][pairs[after[k]][1]])
+        if "pi_head" in supply:
+            rows[k][1].extend([r[: min(map(len, rows[k][1]))] for r in rows[k][1]])
+    return rows, batch["id"][: len(index)], torch.tensor(gaps, dtype=torch.float64)
+
+def gather(outs, mine, shape, device):
+    """Log-probs in data order, of shape (K, G), the same on every rank.
+
+    outs: this rank's, of the K responses of the pairs at the positions `mine`. Each rank writes its
+    own into zeros; the sum over ranks is exact. float64, because G numbers are free.
+    """
+    full = torch.zeros(shape, dtype=torch.float64, device=device)
+    full[:, mine] = torch.cat(outs).detach().double().view(-1, shape[0]).T
     dist.all_reduce(full)
     return full
 
-def reference_scores(scorer, data, pairs, args, device):
-    """(2, P) log-probs of every pair under the policy before step 0, in the very micro-batches of
-    training; cached beside the data, so that the losses that share a start share it."""
+def score_pairs(scorer, data, pairs, supply, args, device, desc):
+    """(K, P) log-probs of all pairs, in the very micro-batches of training; columns of `fetch`."""
+    steps, scores, out = math.ceil(len(pairs) / args.batch_size), [], []
+    for step in tqdm.trange(steps, desc=desc, unit="step", disable=dist.get_rank() > 0):
+        out += batch_indices(len(pairs), args.batch_size, args.seed, step)
+        rows, _, _ = fetch(data, pairs, out[step * args.batch_size :], supply)
+        micros = plan(rows, dist.get_world_size(), args.tokens_per_forward)[dist.get_rank()]
+        with torch.no_grad():
+            outs = [score(scorer, rows, micro, device) for micro in micros]
+        scores.append(gather(outs, sum(micros, []), (len(rows[0][1]), len(rows)), device))
+    return torch.cat(scores, 1)[:, torch.tensor(out).argsort()]
+
+def reference_scores(scorer, data, pairs, supply, args, device):
+    """score_pairs under the policy before step 0; cached beside the data, so that losses that share
+    a start share it."""
     key = [fingerprint(args.model), fingerprint(args.data), args.pairs, args.min_gap,
            args.batch_size, args.seed, args.tokens_per_forward, dist.get_world_size(), device.type,
-           torch.__version__]
+           torch.__version__, *({"kl", "pi_head"} & set(supply))]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = Path(args.data).parent / "reference" / f"{name}.pt"
     if on_rank0(cache.exists):
         return on_rank0(torch.load, cache).to(device)
-    scores = torch.zeros(2, len(pairs), dtype=torch.float64, device=device)
-    steps = math.ceil(len(pairs) / args.batch_size)
-    for step in tqdm.trange(steps, desc="reference", unit="step", disable=dist.get_rank() > 0):
-        index = batch_indices(len(pairs), args.batch_size, args.seed, step)
-        rows, _, _ = fetch(data, [pairs[i] for i in index])
-        micros = plan(rows, dist.get_world_size(), args.tokens_per_forward)[dist.get_rank()]
-        with torch.no_grad():
-            outs = [score(scorer, rows, micro, device) for micro in micros]
-        scores[:, index] = gather(outs, sum(micros, []), len(rows), device)
+    scores = score_pairs(scorer, data, pairs, supply, args, device, "reference")
 
     def write():
         cache.parent.mkdir(exist_ok=True)
@@ -429,13 +474,24 @@ def reference_scores(scorer, data, pairs, args, device):
     on_rank0(write)
     return scores
 
+def margins_key(args):
+    return dict(data=fingerprint(args.data), pairs=args.pairs, min_gap=args.min_gap)
+
+def read_margins(args):
+    """(P,) reward margins w - l of all pairs, that `--loss reward` wrote for the same pairs."""
+    saved = json.loads(Path(args.margins).read_text())
+    margins = torch.tensor(saved.pop("margins"), dtype=torch.float64)
+    if saved != margins_key(args):
+        raise ValueError(f"{args.margins}: margins of {saved}, not of {margins_key(args)}")
+    return margins
+
 # ------------------------------------------------------------------------------ one global batch
 
 def backward(scorer, rows, losses_of, batch, replay, budget, device):
     """Forward and backward of one global batch; the gradients add up in the parameters.
 
-    rows: [(prompt, [chosen, rejected])] * G.  losses_of(leaf (2, g), here) -> losses (g,), state.
-    Returns losses (G,), logps (2, G) and dL/dlogp (2, G), L the mean over G pairs: float64, in data
+    rows: [(prompt, [K responses])] * G.  losses_of(leaf (K, g), here) -> losses (g,), state.
+    Returns losses (G,), logps (K, G) and dL/dlogp (K, G), L the mean over G pairs: float64, in data
     order, equal on every rank; and the loss's new state.
 
     The step is done in windows. The graphs of a window are kept until its losses are known:
@@ -447,13 +503,13 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     world, size = dist.get_world_size(), len(rows)
     shares = plan(rows, world, budget)
     micros = shares[dist.get_rank()]
-    logps, grads = torch.zeros(2, 2, size, dtype=torch.float64, device=device)
+    logps, grads = torch.zeros(2, len(rows[0][1]), size, dtype=torch.float64, device=device)
     losses, state = torch.zeros(size, dtype=torch.float64, device=device), {}
 
     def settle(window, outs):
         nonlocal state
         here = sorted(i for share in shares for k in window for i in share[k])
-        logps.add_(gather(outs, [i for k in window for i in micros[k]], size, device))
+        logps.add_(gather(outs, [i for k in window for i in micros[k]], logps.shape, device))
         leaf = logps[:, here].requires_grad_()
         values, state = losses_of(leaf, here)
         losses[here] = values.detach()
@@ -473,7 +529,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     return losses, logps, grads, state
 
 def describe(losses, logps, grads, lengths):
-    """What metrics.jsonl says of one global batch; keys as in README.md. lengths (2, G)."""
+    """What metrics.jsonl says of one global batch; keys as in README.md. lengths (K, G)."""
     average = logps / lengths
     r, total = average[0] - average[1], logps[0] - logps[1]
     force = grads.abs().sum(0)  # (G,) |dL/dw| + |dL/dl|
@@ -491,11 +547,13 @@ def describe(losses, logps, grads, lengths):
 
 def main(args):
     function, hp = configure(args.loss, args.hp)
+    supply = wants(function)
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
     if not pairs:
         raise ValueError(f"{args.data}: no row has two responses whose scores differ, by at least "
                          f"--min-gap {args.min_gap:g}")
-    ready = start(args)
+    margins = read_margins(args) if args.margins else None
+    ready = start(args, reward=args.loss == "reward")
     if ready is None:
         return
     device, data, tok, scorer, optimizer, partial = ready
@@ -504,23 +562,24 @@ def main(args):
            f"{args.epochs:g} epochs / {args.batch_size} a step = {steps} steps, on "
            f"{dist.get_world_size()} {device.type} process(es)")
     reference = None
-    if "ref" in inspect.signature(function).parameters:
-        reference = reference_scores(scorer, data, pairs, args, device)
+    if "ref" in supply:
+        reference = reference_scores(scorer, data, pairs, supply, args, device)
     first, state = load_checkpoint(partial, scorer, optimizer)
     with metrics_log(partial, first, steps, args.loss) as (log, origin):
         for step in range(first, steps):
             began = time.perf_counter()
             index = batch_indices(len(pairs), args.batch_size, args.seed, step)
-            rows, ids, gap = fetch(data, [pairs[i] for i in index])
+            rows, ids, gap = fetch(data, pairs, index, supply)
             lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows],
-                                   dtype=torch.float64, device=device).T  # (2, G)
+                                   dtype=torch.float64, device=device).T  # (K, G)
+            gap = (gap if margins is None else margins[index]).to(device)
             ref = None if reference is None else reference[:, index]
             losses_of = functools.partial(
-                apply_loss, function, hp, lengths, ref, gap.to(device), state)
+                apply_loss, function, hp, args.sft_weight, lengths, ref, gap, state)
             losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch,
                                                    args.replay, args.tokens_per_forward, device)
             if step == 0 and ref is not None:  # policy and reference are one model
-                first_dpo = dpo(Logps(*logps, *lengths), Logps(*ref, *lengths)).mean().item()
+                first_dpo = dpo(*(Logps(*x[:2], *lengths[:2]) for x in (logps, ref))).mean().item()
                 tolerance = 1e-5 if device.type == "cpu" else 1e-2
                 assert abs(first_dpo - math.log(2)) < tolerance, f"DPO's first loss: {first_dpo}"
             metrics = describe(losses, logps, grads, lengths)
@@ -537,6 +596,10 @@ def main(args):
                      pairs_per_s=len(rows) / seconds, tokens_per_s=tokens / seconds))
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
                 save_checkpoint(partial, step + 1, scorer, optimizer, state)
+    if args.loss == "reward":
+        w, l = score_pairs(scorer, data, pairs, supply, args, device, "margins").tolist()
+        margins = dict(margins_key(args), margins=[a - b for a, b in zip(w, l)])
+        on_rank0((partial / "margins.json").write_text, json.dumps(margins))
     save_model(scorer, tok, partial, args)
     print0(f"wrote {args.out}")
 
@@ -549,6 +612,8 @@ if __name__ == "__main__":
     trainer_arguments(parser, lr=5e-7, batch_size=128, epochs=1, what="pairs")
     add("--pairs", choices=("all", "best-worst"), default="all", help="of a scored list")
     add("--min-gap", type=float, default=0.0, help="smallest score difference of a pair")
+    add("--margins", help="margins.json of --loss reward, to take `gap` from")
+    add("--sft-weight", type=float, default=0.0, help="of -w / nw, the chosen response's NLL (0)")
     add("--replay", action="store_true", help="for a loss of the batch: run forward twice, keep no "
         "graphs; least memory")
     run(main, parser)

@@ -7,9 +7,8 @@ stages: load, shard (FSDP2), pack, score, optimiser, checkpoints, save.
         --lr 3e-3 --batch-size 64                              # toy world, 2 cores: 1 minute
     torchrun --nproc-per-node 8 sft.py --model meta-llama/Meta-Llama-3-8B --data D/sft --out O
 
-Reads a folder of prepare_data.py, and the `tokenizer` folder beside it. Writes OUT, an ordinary
-Hugging Face folder with args.json and metrics.jsonl beside the weights. It is OUT.partial until
-complete, and the same command resumes from its newest checkpoint.
+Reads a folder of prepare_data.py, and `tokenizer` beside it. Writes OUT, a Hugging Face folder with
+metrics.jsonl; OUT.partial until complete, and the same command resumes from its last checkpoint.
 """
 
 import argparse
@@ -28,7 +27,6 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import tqdm
 import transformers
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      set_model_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
@@ -50,6 +48,7 @@ def setup():
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)  # of the one thing that is drawn, a new reward head
     return device
 
 def print0(*words):
@@ -114,21 +113,23 @@ def attend_block(q, k, v, scaling, window, softcap):
 
 transformers.AttentionInterface.register("packed", attend)
 
-class Scorer(nn.Module):
+class Scorer(torch.nn.Module):
     """A causal LM whose forward returns log-probs of responses. The FSDP root: logits stay here."""
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
 
-    def forward(self, ids, positions, source, target, owner, layout, size):
-        """Summed log-probs (R,) in nats, fp32, of the R = size responses that `pack` packed."""
+    def forward(self, ids, positions, source, target, owner, last, layout):
+        """Summed log-probs (R,) in nats, fp32, of responses that `pack` packed; or their rewards."""
         hidden = self.lm.base_model(input_ids=ids[None], position_ids=positions[None],
                                     use_cache=False, layout=layout).last_hidden_state  # (1, T, D)
+        if hasattr(self.lm, "score"):
+            return self.lm.score(hidden[0, last]).float().squeeze(-1)
         hidden = hidden[0].index_select(0, source)  # (N, D)
         chunks = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK))
         logps = [checkpoint(self.token_logps, h, y, use_reentrant=False) for h, y in chunks]
-        return torch.zeros(size, device=ids.device).index_add(0, owner, torch.cat(logps))  # (R,)
+        return torch.zeros(len(last), device=ids.device).index_add(0, owner, torch.cat(logps))  # (R,)
 
     def token_logps(self, hidden, target):
         logits = self.lm.get_output_embeddings()(hidden).float()  # (chunk, V)
@@ -144,27 +145,30 @@ def load_config(path):
         raise ValueError(f"{path}: neither a model folder nor a hub id within reach "
                          f"({str(error).splitlines()[0]})") from None
 
-def load_model(path, device, checkpointed=0):
+def load_model(path, device, checkpointed=0, reward=False):
     """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout).
 
     Weights are fp32; on a GPU forward and backward run in bf16. Rank 0 alone reads the weights.
     checkpointed: how many of the decoder layers recompute their activations.
+    reward: a scalar head in place of the LM head, as for sequence classification.
     """
     config = load_config(path)
     if scaled := [k for k in UNSUPPORTED if getattr(config, k, None) not in (None, 1.0)]:
         raise ValueError(f"{path}: its config sets {scaled[0]}, which the scorer does not apply")
-    how = dict(dtype=torch.float32, attn_implementation="packed")
-    box = []
-    on_rank0(lambda: box.append(transformers.AutoModelForCausalLM.from_pretrained(path, **how)))
+    auto, how = transformers.AutoModelForCausalLM, dict(attn_implementation="packed")
+    if reward:
+        auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
+    box, how = [], dict(how, dtype=torch.float32, config=config)
+    on_rank0(lambda: box.append(auto.from_pretrained(path, **how)))
     full = box[0] if box else None  # the whole model, on the CPU of rank 0
     with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(config, **how)
+        lm = auto.from_config(**how)
     if not hasattr(lm.base_model, "layers"):
         raise ValueError(f"{path}: a {config.model_type} model has no `layers`; supported are "
                          "Llama, Mistral, Qwen, Gemma and models built like them")
     scorer, mesh = Scorer(lm).eval(), init_device_mesh(device.type, (dist.get_world_size(),))
-    gpu = device.type == "cuda"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if gpu else MixedPrecisionPolicy()
+    bf16 = (torch.bfloat16, torch.float32) if device.type == "cuda" else ()
+    policy = MixedPrecisionPolicy(*bf16)  # of compute and of reduction
     for layer in lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -176,7 +180,7 @@ def load_model(path, device, checkpointed=0):
     for name, buffer in lm.named_buffers():  # rotary frequencies: not in any state dict
         buffer.copy_(known.get(name, buffer))
         dist.broadcast(buffer, 0)
-    lm.generation_config = full.generation_config if full else lm.generation_config
+    lm.generation_config = getattr(full or lm, "generation_config", None)  # none: a reward model
     if checkpointed:  # the older name: transformers before 5.20
         getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()
         for layer in lm.base_model.layers[:checkpointed]:
@@ -193,22 +197,22 @@ def plan(rows, world, budget):
     fro. FSDP wants the same NUMBER of micro-batches on every rank: an empty one is a dummy.
     """
     tokens = [len(p) + sum(map(len, rs)) for p, rs in rows]
-    order, shares = sorted(range(len(rows)), key=lambda i: (-tokens[i], i)), []
-    for rank in range(world):
-        micros, room = [], 0
+    order, shares = sorted(range(len(rows)), key=lambda i: (-tokens[i], i)), [[] for _ in range(world)]
+    for rank, micros in enumerate(shares):
+        room = 0
         for i in (i for k, i in enumerate(order) if k % (2 * world) in (rank, 2 * world - 1 - rank)):
             if tokens[i] > room:
                 micros.append([])
                 room = budget
             micros[-1].append(i)
             room -= tokens[i]
-        shares.append(micros)
     return [micros + [[]] * (max(map(len, shares)) - len(micros)) for micros in shares]
 
 def pack(rows, similar):
     """Rows [(prompt ids, [response ids, ...])] end to end, without padding, each prompt once:
     ids, positions (T,); for each of N response tokens, source (N,), the place in T that predicts
-    it, target (N,), its id, owner (N,), its response; and the layout of `attend`:
+    it, target (N,), its id, owner (N,), its response; last (R,), the places of end tokens; and the
+    layout of `attend`:
 
     flat (M,), each response as a sequence of places in T, its prompt's and its own, padded to
     blocks [(sequences, length)] of similar length; back (T,), the place in M that computes a token;
@@ -235,17 +239,16 @@ def pack(rows, similar):
     target = ids[[k for seq, n in zip(places, counts) for k in seq[-n:]]]
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     ends = torch.tensor([0] + [n * length for n, length in blocks]).cumsum(0, dtype=torch.int32)
-    return ids, positions, source, target, owner, (torch.tensor(flat), back, ends, blocks)
+    last, layout = torch.tensor([s[-1] for s in places]), (torch.tensor(flat), back, ends, blocks)
+    return ids, positions, source, target, owner, last, layout
 
 def score(scorer, rows, micro, device):
     """Summed log-probs (R,) of all responses of the rows `micro`; a dummy is run, and has R = 0."""
-    rows = [rows[i] for i in micro or [0]]
-    batch = pack(rows, similar=0.8 if device.type == "cpu" else math.inf)
-    batch = tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch)
-    out = scorer(*batch, size=sum(len(responses) for _, responses in rows))
+    batch = pack([rows[i] for i in micro or [0]], 0.8 if device.type == "cpu" else math.inf)
+    out = scorer(*tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch))
     return out if micro else out[:0]
 
-# ------------------------------------------------------------------------------------- optimiser
+# --------------------------------------------------------- optimiser, checkpoints, metrics, saving
 
 def make_optimizer(name, scorer, weight_decay=0.0):
     """adamw (fused), or bitsandbytes' adamw8bit; `.named` holds its parameters by name.
@@ -257,7 +260,7 @@ def make_optimizer(name, scorer, weight_decay=0.0):
         from bitsandbytes.optim import AdamW8bit
 
         named = {n: p for n, p in named.items() if p.to_local().numel()}
-        shards = [nn.Parameter(p.to_local()) for p in named.values()]
+        shards = [torch.nn.Parameter(p.to_local()) for p in named.values()]
         optimizer = AdamW8bit(shards, weight_decay=weight_decay)
     optimizer.named = named
     return optimizer
@@ -281,8 +284,6 @@ def update(scorer, optimizer, lr, clip):
     optimizer.zero_grad()
     scorer.zero_grad()
     return norm.full_tensor()
-
-# -------------------------------------------------------------------- checkpoints, metrics, saving
 
 def tensors(scorer, optimizer):
     """All that a checkpoint holds, by flat keys. A DTensor is one entry of all ranks; the plain
@@ -326,8 +327,7 @@ def load_checkpoint(partial, scorer, optimizer):
     dcp.load(tensors(scorer, optimizer), checkpoint_id=found[-1])
     step = saved["step"]
     for moments in optimizer.state.values():
-        old = moments["step"]
-        moments["step"] = torch.full_like(old, step) if torch.is_tensor(old) else step
+        moments["step"] = moments["step"] * 0 + step
     print0(f"resumed from {found[-1]}")
     return step, saved["state"]
 
@@ -362,27 +362,29 @@ def memory_gib(device):
 
 def save_model(scorer, tok, partial, args):
     """PARTIAL -> OUT, an ordinary Hugging Face folder: weights, tokenizer with its chat template,
-    generation config with every stop id.
-
-    At these learning rates most weight changes do not survive rounding to bfloat16. With
-    --save-dtype bfloat16 the share that does, since --model, is printed.
-    """
+    generation config with every stop id. For --save-dtype bfloat16 it prints the share of weight
+    changes since --model that survive; at these learning rates most do not."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(scorer.lm, options=options)
     lm, dtype = scorer.lm, getattr(torch, args.save_dtype)
 
     def write():
         if dtype == torch.bfloat16:
-            old = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-            old = old.state_dict()
+            old = type(lm).from_pretrained(args.model, dtype=torch.float32).state_dict()
             moved = sum((state[k] != old[k]).sum().item() for k in state)
             kept = sum((state[k].to(dtype) != old[k].to(dtype)).sum().item() for k in state)
             print(f"bfloat16 keeps {kept / max(moved, 1):.1%} of the weight changes")
-        eos = lm.generation_config.eos_token_id
-        stops = {*(eos if isinstance(eos, list) else [eos]), tok.eos_token_id, end_of_turn(tok)[0]}
-        lm.generation_config.eos_token_id = sorted(stops - {None})
-        if {"temperature", "top_p", "top_k"} & set(lm.generation_config.to_diff_dict()):
-            lm.generation_config.do_sample = True  # without it transformers refuses to save them
+        end, generation = end_of_turn(tok)[0], lm.generation_config
+        if generation:
+            eos = generation.eos_token_id
+            stops = {*(eos if isinstance(eos, list) else [eos]), tok.eos_token_id, end}
+            generation.eos_token_id = sorted(stops - {None})
+            if {"temperature", "top_p", "top_k"} & set(generation.to_diff_dict()):
+                generation.do_sample = True  # without it transformers refuses to save them
+        else:  # a reward model: transformers scores the last token that is not padding
+            pads = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
+            tok.pad_token_id = next(i for i in pads if i not in (None, end))
+            lm.config.pad_token_id = tok.pad_token_id
         cast = {v.data_ptr(): v.to(dtype) for v in state.values()}  # tied weights stay one tensor
         lm.save_pretrained(partial, state_dict={k: cast[v.data_ptr()] for k, v in state.items()})
         lm.config.dtype = dtype
@@ -396,21 +398,20 @@ def save_model(scorer, tok, partial, args):
 
 # ------------------------------------------------------------------------------------------ main
 
-def start(args):
+def start(args, reward=False):
     """What both trainers begin with: device, rows, tokenizer, scorer, optimizer and OUT.partial;
     None if OUT is complete. Bad arguments fail here, before anything is written."""
     device, rows = setup(), load_rows(args.data)
     if min(args.batch_size, args.tokens_per_forward, args.epochs) <= 0:
         raise ValueError("--batch-size, --tokens-per-forward and --epochs must be positive")
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
-    config = load_config(args.model)
-    if len(tok) > config.vocab_size:
+    if len(tok) > (size := load_config(args.model).vocab_size):
         raise ValueError(f"{args.data} was prepared with another tokenizer: it has {len(tok)} "
-                         f"tokens, {args.model} has {config.vocab_size}")
+                         f"tokens, {args.model} has {size}")
     make = begin(args.out, args, [args.data, args.model])
     if make is None:
         return print0(f"{args.out} is complete")
-    scorer = load_model(args.model, device, args.checkpoint_layers)
+    scorer = load_model(args.model, device, args.checkpoint_layers, reward)
     optimizer = make_optimizer(args.optimizer, scorer, args.weight_decay)
     return device, rows, tok, scorer, optimizer, on_rank0(make)
 
@@ -466,8 +467,7 @@ def trainer_arguments(parser, lr, batch_size, epochs, what):
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="or bitsandbytes' 8-bit")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     add("--clip", type=float, default=1.0, help="largest global gradient norm (default 1)")
-    add("--checkpoint-layers", type=int, default=0, metavar="K", help="activation checkpointing of "
-        "the first K decoder layers: less memory, up to a third more compute (default 0)")
+    add("--checkpoint-layers", type=int, default=0, metavar="K", help="layers that recompute (0)")
     add("--save-every", type=int, default=0, metavar="N", help="checkpoint every N steps (0: none)")
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the result")
     add("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs (0)")

@@ -27,6 +27,9 @@ def batch(seed=0, size=G, scale=20.0):
     supply = dict(pi=Logps(w, l, nw, nl), ref=Logps(draw(), draw(), nw, nl), state={})
     supply["gap"] = torch.rand(size, generator=g, dtype=torch.float64) + 0.1
     supply["kl"] = torch.rand(size, generator=g, dtype=torch.float64)
+    head = torch.rand(4, size, generator=g, dtype=torch.float64)  # the share of a sum that the first min(nw, nl) tokens have
+    m, (ref_w, ref_l, *_) = torch.minimum(nw, nl), supply["ref"]
+    supply |= dict(pi_head=Logps(head[0] * w, head[1] * l, m, m), ref_head=Logps(head[2] * ref_w, head[3] * ref_l, m, m))
     return supply
 
 
@@ -96,6 +99,7 @@ def test_finite_at_extremes(name, dtype):
     n = torch.ones_like(r)
     w, l = (r.clamp(max=0.0)).requires_grad_(), (-r.clamp(min=0.0)).requires_grad_()
     supply = batch(3) | dict(pi=Logps(w, l, n, n), ref=Logps(-n, -n, n, n), gap=n, kl=r)
+    supply |= dict(pi_head=supply["pi"], ref_head=supply["ref"])
     for index in (slice(None), slice(0, 1), slice(10, 12), slice(5, 7)):  # whole; one pair; equal r; all zero
         out = call(name, pick(supply, index))
         grads = torch.autograd.grad(out.sum(), (w, l))
@@ -152,7 +156,9 @@ BY_HAND = {  # (loss, hyper-parameters): value
     ("alphadpo", "beta=2 gamma=0.5"): -ls(1.5), ("amapo", "beta=2"): -ls(2.0),  # one pair: no deviation
     ("bco", "beta=0.1"): -ls(0.1 - 0.025) - ls(0.05 + 0.025),  # delta = 0.1 * (1 - 0.5) / 2
     ("aot", "beta=0.1"): -ls(0.15), ("aot", "beta=0.1 paired=false"): -ls(0.15),
-    ("betadpo", "beta=0.1 keep=1"): -ls(0.15),
+    ("betadpo", "beta=0.1 keep=1"): -ls(0.15), ("reward", ""): -ls(2.0),
+    ("ld_dpo", "beta=0.1 alpha=0.25"): -ls(0.1 * ((0.75 * 2 + 0.25 * 1) + 0.5)),  # chosen: 2 in the head, 1 in all
+    ("kto", "beta=0.1 lam_w=2"): 0.5 * (2 * (1 - sig(0.1 * (1 - 0.3))) + 1 - sig(0.1 * (0.3 + 0.5))),
 }
 
 
@@ -160,7 +166,8 @@ BY_HAND = {  # (loss, hyper-parameters): value
 def test_value_of_one_pair(name, hp):
     one = lambda *x: [torch.tensor([v], dtype=torch.float64) for v in x]
     supply = dict(pi=Logps(*one(-10.0, -12.0, 5.0, 4.0)), ref=Logps(*one(-11.0, -11.5, 5.0, 4.0)), state={})
-    supply |= dict(gap=one(2.0)[0], kl=one(0.3)[0])
+    supply |= dict(gap=one(2.0)[0], kl=one(0.3)[0])  # the first min(5, 4) tokens have -7 of -10, and all of -12; -9 of -11, all of -11.5
+    supply |= dict(pi_head=Logps(*one(-7.0, -12.0, 4.0, 4.0)), ref_head=Logps(*one(-9.0, -11.5, 4.0, 4.0)))
     out = call(name, supply, **configure(name, hp.split())[1])
     assert out.item() == pytest.approx(BY_HAND[name, hp], rel=1e-9, abs=1e-12)
 

@@ -168,7 +168,7 @@ def flash_emulated(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *,
        st.sampled_from([None, 1, 3, 100]), st.sampled_from([None, 2.0]), st.booleans())
 def test_packed_attention_is_that_of_a_naive_mask(shape, window, softcap, flash):
     rows = [([7] * p, [[8] * r for r in rs]) for p, rs in shape]
-    ids, positions, source, target, owner, layout = sft.pack(rows, similar=math.inf if flash else 0.8)
+    ids, positions, source, target, owner, last, layout = sft.pack(rows, similar=math.inf if flash else 0.8)
     assert len(ids) == sum(p + sum(rs) for p, rs in shape)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, len(ids), 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
@@ -184,9 +184,10 @@ def test_packed_attention_is_that_of_a_naive_mask(shape, window, softcap, flash)
 
 
 def test_a_packed_batch_by_hand():
-    ids, positions, source, target, owner, (flat, back, ends, blocks) = sft.pack([([1, 2], [[3, 4], [5]]), ([6], [[7, 8, 9]])], 0.9)
+    ids, positions, source, target, owner, last, (flat, back, ends, blocks) = sft.pack([([1, 2], [[3, 4], [5]]), ([6], [[7, 8, 9]])], 0.9)
     assert ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9] and positions.tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
     assert source.tolist() == [1, 2, 1, 5, 6, 7] and target.tolist() == [3, 4, 5, 7, 8, 9] and owner.tolist() == [0, 0, 1, 2, 2, 2]
+    assert last.tolist() == [3, 4, 8]
     assert blocks == [[2, 4], [1, 3]] and ends.tolist() == [0, 8, 11] and flat.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 0, 1, 4]
     assert flat[back].tolist() == list(range(9))
 

@@ -305,3 +305,95 @@ def test_other_architectures_pass_through_all_stages(name, data, models, tmp_pat
     result = json.loads((tmp_path / "result/results.json").read_text())["models"]["dpo"]["average"]["ID"][""]
     assert result["comparisons"] == len(right) == 11 and result["accuracy"] == pytest.approx(sum(right).item() / 11)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "dpo").chat_template
+
+
+# --------------------------------------------------------------------- more responses to a prompt, SFT term, reward model and margins
+
+
+def first_gradient(job, lm, monkeypatch):
+    """Run one step of a job; the gradients by name."""
+    found = capture_gradients(monkeypatch, lm)
+    run_here(*job)
+    return found
+
+
+@pytest.mark.parametrize("loss, more", [("kto", []), ("ld_dpo", []), ("simpo", ["--sft-weight", 0.3])])
+def test_first_gradient_of_a_loss_that_needs_more_than_two_log_probs(loss, more, align, data, models, tmp_path, monkeypatch):
+    """kto's mismatched pairs, ld_dpo's heads and the SFT term, on plain transformers with the reference equal to the policy."""
+    lm = plain_model(models["llama"])
+    job = align(loss, tmp_path / "o", *SMALL, "--batch-size", 19, "--max-steps", 1, "--clip", 1e9, *more)
+    found = first_gradient(job, lm, monkeypatch)
+    score, still = lambda p, r: reference_logp(lm, p, r), lambda x: x - x.detach()
+    values = []
+    for p, w, l, _ in pairs_of(data):
+        logp_w, logp_l = score(p, w), score(p, l)
+        if loss == "kto":  # the policy is the reference: u = v = kl = 0
+            values.append(0.5 * (torch.sigmoid(-0.1 * still(logp_w)) + torch.sigmoid(0.1 * still(logp_l))))
+        elif loss == "ld_dpo":
+            m = min(len(w), len(l))
+            w, l = (still(0.5 * score(p, r[:m]) + 0.5 * s) for r, s in ((w, logp_w), (l, logp_l)))
+            values.append(torch.log1p(torch.exp(-0.1 * (w - l))))
+        else:
+            p_w, p_l = logp_w / len(w), logp_l / len(l)
+            values.append(torch.log1p(torch.exp(1 - 2 * (p_w - p_l))) - 0.3 * p_w)
+    value = torch.stack(values).mean()
+    value.backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum() for p in lm.parameters()))
+    apart = math.sqrt(sum((found[n] - p.grad).double().square().sum() for n, p in lm.named_parameters()))
+    assert norm > 0 and apart <= 1e-5 * norm
+    assert metrics(tmp_path / "o")[0]["loss"] == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_kto_takes_the_log_ratio_of_the_next_pairs_chosen_response(align, data, models, tmp_path):
+    """The second step's loss from the saved first-step model: its z is the mean log-ratio of (prompt i, chosen i + 1)."""
+    more = ["--batch-size", 19, "--lr", 3e-3, "--epochs", 2, "--hp", "beta=1.0"]
+    run_here(*align("kto", tmp_path / "one", *more, "--max-steps", 1))
+    run_here(*align("kto", tmp_path / "two", *more))  # 2 epochs of one step; one step of warm-up in both
+    new, old = plain_model(tmp_path / "one"), plain_model(models["llama"])
+    with torch.no_grad():
+        ratio = lambda p, r: (reference_logp(new, p, r) - reference_logp(old, p, r)).item()
+        pairs = stored_pairs(data)
+        z = max(0.0, sum(ratio(a[0], b[1]) for a, b in zip(pairs, pairs[1:] + pairs[:1])) / len(pairs))
+        s = lambda x: 1 / (1 + math.exp(-x))
+        values = [0.5 * (s(z - ratio(p, w)) + s(ratio(p, l) - z)) for p, w, l in pairs]
+    assert metrics(tmp_path / "two")[1]["loss"] == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def stored_pairs(data):
+    """(prompt, better, worse) in the order that align.py counts pairs in: rows as stored, in a row the highest scores first."""
+    import datasets
+
+    out = []
+    for row in datasets.load_from_disk(str(data / "train")):
+        order = sorted(range(len(row["scores"])), key=lambda i: -row["scores"][i])
+        out += [(row["prompt"], row["responses"][i], row["responses"][j]) for a, i in enumerate(order) for j in order[a + 1 :]
+                if row["scores"][i] > row["scores"][j]]
+    return out
+
+
+def test_reward_model_its_folder_its_margins_and_madpo(align, data, models, tmp_path):
+    """transformers alone scores the saved folder as margins.json says; madpo's first loss is the mean of its weights times ln 2."""
+    more = ["--batch-size", 9, "--lr", 3e-3]
+    run_here(*align("reward", tmp_path / "rm", *more, "--epochs", 3))
+    lines = metrics(tmp_path / "rm")
+    assert lines[-1]["accuracy_sum"] > 0.6 > 1e-3 and lines[-1]["loss"] < math.log(2)
+    judge = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "rm")
+    assert judge.config.num_labels == 1 and judge.config.pad_token_id == tok.pad_token_id not in (None, 4, 5)
+    pairs, rewards = stored_pairs(data), []
+    with torch.no_grad():
+        for p, w, l in pairs:  # padded on the right to the same length, as users do
+            size = len(p) + max(len(w), len(l))
+            ids = torch.tensor([[*p, *r] + [tok.pad_token_id] * (size - len(p) - len(r)) for r in (w, l)])
+            rewards.append(judge(input_ids=ids, attention_mask=(ids != tok.pad_token_id).long()).logits[:, 0].tolist())
+    saved = json.loads((tmp_path / "rm/margins.json").read_text())
+    assert saved["margins"] == pytest.approx([a - b for a, b in rewards], rel=1e-4, abs=1e-4)
+    margins = tmp_path / "margins.json"  # of a size that matters: h from -3 to 3
+    margins.write_text(json.dumps(saved | dict(margins=[-3 + k / 3 for k in range(19)])))
+    run_here(*align("madpo", tmp_path / "madpo", "--batch-size", 19, "--max-steps", 1, "--margins", margins, "--hp", "tau=2"))
+    s = lambda x: 1 / (1 + math.exp(-x))
+    c = lambda a: 0.5 + 1.5 / (1 + 2 * math.exp(a - 2))
+    weights = [s(c(abs(h)) * h) / s(h) if h > -2 else 1 for h in (-3 + k / 3 for k in range(19))]
+    assert metrics(tmp_path / "madpo")[0]["loss"] == pytest.approx(sum(weights) / 19 * math.log(2), rel=1e-5)
+    with pytest.raises(SystemExit, match="margins of"):
+        run_here(*align("madpo", tmp_path / "other", "--margins", margins, "--min-gap", 0.1))
