@@ -152,13 +152,12 @@ def load_model(path, device, checkpointed=0, reward=False):
     checkpointed: how many of the decoder layers recompute their activations.
     reward: a scalar head in place of the LM head, as for sequence classification.
     """
-    config = load_config(path)
+    config, auto = load_config(path), transformers.AutoModelForCausalLM
     if scaled := [k for k in UNSUPPORTED if getattr(config, k, None) not in (None, 1.0)]:
         raise ValueError(f"{path}: its config sets {scaled[0]}, which the scorer does not apply")
-    auto, how = transformers.AutoModelForCausalLM, dict(attn_implementation="packed")
     if reward:
         auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
-    box, how = [], dict(how, dtype=torch.float32, config=config)
+    box, how = [], dict(config=config, dtype=torch.float32, attn_implementation="packed")
     on_rank0(lambda: box.append(auto.from_pretrained(path, **how)))
     full = box[0] if box else None  # the whole model, on the CPU of rank 0
     with torch.device("meta"):
