@@ -149,8 +149,8 @@ def cdpo(pi, ref, *, beta=0.1, eps=0.1):
 
 @loss
 def robust(pi, ref, *, beta=0.1, eps=0.1):
-    """[-(1 - eps) log s(x) + eps log s(-x)] / (1 - 2 eps), x DPO's logit: unbiased if labels are
-    flipped with probability eps < 1/2; not bounded below.  Robust DPO, 2403.00409, as in TRL."""
+    """[-(1 - eps) log s(x) + eps log s(-x)] / (1 - 2 eps), x DPO's logit: unbiased under flips of
+    probability eps < 1/2; not bounded below.  Robust DPO, 2403.00409, as in TRL."""
     x = beta * ((pi.w - ref.w) - (pi.l - ref.l))
     return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)
 
@@ -442,29 +442,31 @@ def gather(outs, mine, shape, device):
     dist.all_reduce(full)
     return full
 
-def score_pairs(scorer, data, pairs, supply, args, device, desc):
-    """(K, P) log-probs of all pairs, in the very micro-batches of training; columns of `fetch`."""
-    steps, scores, out = math.ceil(len(pairs) / args.batch_size), [], []
+def score_pairs(scorer, data, pairs, supply, args, device, desc, steps=math.inf):
+    """(K, P) log-probs of the pairs, in the very micro-batches of training; columns of `fetch`. Of
+    the first `steps` global batches only; the others are nan."""
+    steps, scores = min(steps, math.ceil(len(pairs) / args.batch_size)), None
     for step in tqdm.trange(steps, desc=desc, unit="step", disable=dist.get_rank() > 0):
-        out += batch_indices(len(pairs), args.batch_size, args.seed, step)
-        rows, _, _ = fetch(data, pairs, out[step * args.batch_size :], supply)
+        index = batch_indices(len(pairs), args.batch_size, args.seed, step)
+        rows, _, _ = fetch(data, pairs, index, supply)
         micros = plan(rows, dist.get_world_size(), args.tokens_per_forward)[dist.get_rank()]
         with torch.no_grad():
             outs = [score(scorer, rows, micro, device) for micro in micros]
-        scores.append(gather(outs, sum(micros, []), (len(rows[0][1]), len(rows)), device))
-    return torch.cat(scores, 1)[:, torch.tensor(out).argsort()]
+        part = gather(outs, sum(micros, []), (len(rows[0][1]), len(rows)), device)
+        scores = part.new_full((len(part), len(pairs)), math.nan) if scores is None else scores
+        scores[:, index] = part
+    return scores
 
-def reference_scores(scorer, data, pairs, supply, args, device):
-    """score_pairs under the policy before step 0; cached beside the data, so that losses that share
-    a start share it."""
-    key = [fingerprint(args.model), fingerprint(args.data), args.pairs, args.min_gap,
-           args.batch_size, args.seed, args.tokens_per_forward, dist.get_world_size(), device.type,
-           torch.__version__, *({"kl", "pi_head"} & set(supply))]
+def reference_scores(scorer, data, pairs, supply, args, device, steps):
+    """score_pairs before step 0; cached beside the data, so losses that share a start share it."""
+    key = [fingerprint(args.model), fingerprint(args.data), "kl" in supply, "pi_head" in supply,
+           min(steps, -(-len(pairs) // args.batch_size)), args.pairs, args.min_gap, args.batch_size,
+           args.seed, args.tokens_per_forward, dist.get_world_size(), device.type, torch.__version__]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = Path(args.data).parent / "reference" / f"{name}.pt"
     if on_rank0(cache.exists):
         return on_rank0(torch.load, cache).to(device)
-    scores = score_pairs(scorer, data, pairs, supply, args, device, "reference")
+    scores = score_pairs(scorer, data, pairs, supply, args, device, "reference", steps)
 
     def write():
         cache.parent.mkdir(exist_ok=True)
@@ -550,8 +552,7 @@ def main(args):
     supply = wants(function)
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
     if not pairs:
-        raise ValueError(f"{args.data}: no row has two responses whose scores differ, by at least "
-                         f"--min-gap {args.min_gap:g}")
+        raise ValueError(f"{args.data}: no row has two scores that differ, by --min-gap at least")
     margins = read_margins(args) if args.margins else None
     ready = start(args, reward=args.loss == "reward")
     if ready is None:
@@ -563,7 +564,7 @@ def main(args):
            f"{dist.get_world_size()} {device.type} process(es)")
     reference = None
     if "ref" in supply:
-        reference = reference_scores(scorer, data, pairs, supply, args, device)
+        reference = reference_scores(scorer, data, pairs, supply, args, device, steps)
     first, state = load_checkpoint(partial, scorer, optimizer)
     with metrics_log(partial, first, steps, args.loss) as (log, origin):
         for step in range(first, steps):
