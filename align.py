@@ -61,8 +61,8 @@ def loss(function=None, *, batch=False):
     reference's (computed once, cached); `pi_head`, `ref_head`, those of the first min(nw, nl)
     tokens; `kl` (G,), policy minus reference log-prob of the next pair's chosen response; `gap`
     (G,), the score difference of each pair, or its --margins; `state`, a dict of 0-d float64
-    tensors, {} at first: such a loss returns (losses, new state).
-    Keyword-only parameters are the hyper-parameters.
+    tensors, {} at first: such a loss returns (losses, new state). Keyword-only parameters are the
+    hyper-parameters.
     """
     if function is None:
         return functools.partial(loss, batch=batch)
@@ -403,8 +403,7 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
 # ----------------------------------------------------------------------------- pairs of the data
 
 def draw_pairs(scores, how, min_gap):
-    """[(row, chosen, rejected)] from lists of scores: `all` pairs of a row, or `best-worst`.
-    Never from a tie."""
+    """[(row, chosen, rejected)]: `all` pairs of a row, or `best-worst`; never from a tie."""
     pairs = []
     for row, s in enumerate(scores):
         order = sorted(range(len(s)), key=lambda i: -s[i])
@@ -476,16 +475,12 @@ def reference_scores(scorer, data, pairs, supply, args, device, steps):
     on_rank0(write)
     return scores
 
-def margins_key(args):
-    return dict(data=fingerprint(args.data), pairs=args.pairs, min_gap=args.min_gap)
-
-def read_margins(args):
-    """(P,) reward margins w - l of all pairs, that `--loss reward` wrote for the same pairs."""
+def read_margins(args, count):
+    """(P,) reward margins w - l of all P = count pairs, that `--loss reward` wrote."""
     saved = json.loads(Path(args.margins).read_text())
-    margins = torch.tensor(saved.pop("margins"), dtype=torch.float64)
-    if saved != margins_key(args):
-        raise ValueError(f"{args.margins}: margins of {saved}, not of {margins_key(args)}")
-    return margins
+    if saved["data"] != fingerprint(args.data) or len(saved["margins"]) != count:
+        raise ValueError(f"{args.margins}: not of the {count} pairs of {args.data}")
+    return torch.tensor(saved["margins"], dtype=torch.float64)
 
 # ------------------------------------------------------------------------------ one global batch
 
@@ -553,15 +548,14 @@ def main(args):
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
     if not pairs:
         raise ValueError(f"{args.data}: no row has two scores that differ, by --min-gap at least")
-    margins = read_margins(args) if args.margins else None
+    margins = read_margins(args, len(pairs)) if args.margins else None
     ready = start(args, reward=args.loss == "reward")
     if ready is None:
         return
     device, data, tok, scorer, optimizer, partial = ready
     steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(pairs) / args.batch_size))
-    print0(f"{args.loss}({', '.join(f'{k}={v}' for k, v in hp.items())}): {len(pairs)} pairs x "
-           f"{args.epochs:g} epochs / {args.batch_size} a step = {steps} steps, on "
-           f"{dist.get_world_size()} {device.type} process(es)")
+    print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} a step "
+           f"= {steps} steps, on {dist.get_world_size()} {device.type} process(es)")
     reference = None
     if "ref" in supply:
         reference = reference_scores(scorer, data, pairs, supply, args, device, steps)
@@ -585,10 +579,7 @@ def main(args):
                 assert abs(first_dpo - math.log(2)) < tolerance, f"DPO's first loss: {first_dpo}"
             metrics = describe(losses, logps, grads, lengths)
             lr = learning_rate(step, steps, args.lr)
-            norm = update(scorer, optimizer, lr, args.clip).item()
-            if not math.isfinite(metrics["loss"] + norm):
-                raise ValueError(f"step {step + 1}: loss {metrics['loss']}, gradient norm {norm}; "
-                                 f"rows {ids}")
+            norm = update(scorer, optimizer, lr, args.clip, f"step {step + 1}: {ids}")
             origin = origin or metrics
             metrics |= {f"d{k}": metrics[k] - origin[k] for k in ("logp_chosen", "logp_rejected")}
             seconds = time.perf_counter() - began
@@ -599,7 +590,7 @@ def main(args):
                 save_checkpoint(partial, step + 1, scorer, optimizer, state)
     if args.loss == "reward":
         w, l = score_pairs(scorer, data, pairs, supply, args, device, "margins").tolist()
-        margins = dict(margins_key(args), margins=[a - b for a, b in zip(w, l)])
+        margins = dict(data=fingerprint(args.data), margins=[a - b for a, b in zip(w, l)])
         on_rank0((partial / "margins.json").write_text, json.dumps(margins))
     save_model(scorer, tok, partial, args)
     print0(f"wrote {args.out}")
@@ -613,7 +604,7 @@ if __name__ == "__main__":
     trainer_arguments(parser, lr=5e-7, batch_size=128, epochs=1, what="pairs")
     add("--pairs", choices=("all", "best-worst"), default="all", help="of a scored list")
     add("--min-gap", type=float, default=0.0, help="smallest score difference of a pair")
-    add("--margins", help="margins.json of --loss reward, to take `gap` from")
+    add("--margins", help="margins.json that --loss reward wrote, to take `gap` from")
     add("--sft-weight", type=float, default=0.0, help="of -w / nw, the chosen response's NLL (0)")
     add("--replay", action="store_true", help="for a loss of the batch: run forward twice, keep no "
         "graphs; least memory")

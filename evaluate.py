@@ -13,11 +13,13 @@ in style i beats rejected in style j: Easy is the mean of its lower triangle (th
 richer style), Normal of the diagonal, Hard of the upper triangle; domains count equally.
 
     python evaluate.py runs/toy/sft runs/toy/dpo --ref runs/toy/sft --data runs/toy/data/eval \\
-        --out runs/evaluation                                  # toy world, 2 cores: 1 minute
+        --out runs/evaluation                                  # toy world, 2 cores: 20 seconds
+    python evaluate.py --summary runs/seed-*/evaluation --out runs/summary      # over seeds
 
 Writes OUT/results.json, OUT/results.md and OUT/scores/MODEL/SET.json: rows with `average`, `sum`,
 `implicit` of each response, and for RM-Bench `score_chosen`, `score_rejected`, as its own
-compute_accuracy reads them.
+compute_accuracy reads them. --generate N samples a response of each model to N prompts of each set
+(samples-MODEL.json); --prompts FILE answers instructions as AlpacaEval has it (answers-MODEL.json).
 """
 
 import argparse
@@ -32,7 +34,8 @@ import torch.distributed as dist
 import tqdm
 import transformers
 
-from prepare_data import begin, load_rows, run
+from prepare_data import (TASKS, begin, decode, encode_prompt, load_rows, load_tokenizer, run,
+                          true_reward)
 from sft import load_config, load_model, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------------------- scores
@@ -40,11 +43,11 @@ from sft import load_config, load_model, plan, print0, score, setup
 def score_set(scorer, data, budget, device, desc):
     """Summed log-probs in nats of all responses, a list for each row; the same on every rank."""
     world, rank, scores = dist.get_world_size(), dist.get_rank(), []
-    bar = tqdm.tqdm(total=len(data), desc=desc, unit="row", disable=rank > 0)
+    every = [*zip(data["prompt"], data["responses"])]
+    bar = tqdm.tqdm(total=len(every), desc=desc, unit="row", disable=rank > 0)
     with bar, torch.no_grad():
-        for first in range(0, len(data), 256):
-            batch = data[first : first + 256]
-            rows = list(zip(batch["prompt"], batch["responses"]))
+        for first in range(0, len(every), 256):
+            rows = every[first : first + 256]
             ends = torch.tensor([len(rs) for _, rs in rows]).cumsum(0).tolist()
             place = [range(end - len(rs), end) for end, (_, rs) in zip(ends, rows)]
             full = torch.zeros(ends[-1], dtype=torch.float64, device=device)  # responses, in order
@@ -56,6 +59,65 @@ def score_set(scorer, data, budget, device, desc):
             scores += [[full[k] for k in ks] for ks in place]
             bar.update(len(rows))
     return scores
+
+# ------------------------------------------------------------------------------------ generation
+
+def generate(path, prompts, args, device, desc):
+    """A response to each prompt (token ids), [(ids, whether it ended)], the same on every rank.
+
+    Every rank loads the whole model and takes batches of 64 prompts in turn. A batch has a seed of
+    its own, so that the number of processes makes no difference.
+    """
+    tok, order = load_tokenizer(path), sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    tok.pad_token = tok.pad_token or tok.eos_token
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    lm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    stops = lm.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    how = dict(do_sample=True, temperature=args.temperature, top_p=1.0, top_k=0)
+    how = how if args.temperature else dict(do_sample=False)
+    batches, done = [order[k : k + 64] for k in range(0, len(order), 64)], {}
+    turns = range(dist.get_rank(), len(batches), dist.get_world_size())
+    for k in tqdm.tqdm(turns, desc=desc, unit="batch", disable=dist.get_rank() > 0):
+        torch.manual_seed(1_000_003 * args.seed + k)
+        inputs = tok.pad(dict(input_ids=[prompts[i] for i in batches[k]]), padding_side="left",
+                         return_tensors="pt").to(device)
+        out = lm.generate(**inputs, max_new_tokens=args.max_new_tokens,
+                          pad_token_id=tok.pad_token_id, **how)
+        for i, ids in zip(batches[k], out[:, inputs["input_ids"].shape[1] :].tolist()):
+            ends = [j for j, token in enumerate(ids) if token in stops]
+            done[i] = (ids[: ends[0] + 1], True) if ends else (ids, False)
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, done)
+    done = {i: response for part in parts for i, response in part.items()}
+    return [done[i] for i in range(len(prompts))]
+
+def repetition(ids, n=4):
+    """Share of the n-grams of a response that have been there before."""
+    grams = list(zip(*(ids[k:] for k in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+def answer(path, name, args, device):
+    """--prompts: a model's answers to a JSON list of {instruction}, as AlpacaEval reads them."""
+    items, tok = json.loads(Path(args.prompts).read_text()), load_tokenizer(path)
+    prompts = [encode_prompt(tok, [dict(role="user", content=x["instruction"])]) for x in items]
+    answers = generate(path, prompts, args, device, f"{name}: answers")
+    return [dict(x, output=decode(tok, ids), generator=name) for x, (ids, _) in zip(items, answers)]
+
+def judge_samples(tok, rows, samples, logps, ref_logps, ref_rewards):
+    """(means over samples, rewards, lines for the disk). kl: log-ratio to the reference in nats. In
+    the toy world reward, its true reward, and win, over the reference's sample (tie: a half)."""
+    mean, (ids, ended) = lambda values: sum(values) / len(values), zip(*samples)
+    lines = [dict(id=row["id"], text=decode(tok, x), ended=e) for row, x, e in zip(rows, ids, ended)]
+    tokens, repeated, rewards = [*map(len, ids)], [*map(repetition, ids)], []
+    out = dict(tokens=mean(tokens), ended=mean(ended), repetition=mean(repeated))
+    if ref_logps:
+        out["kl"] = mean([a - b for (a,), (b,) in zip(logps, ref_logps)])
+    if json.loads(rows[0]["meta"]).get("task") in TASKS:
+        rewards = [true_reward(row["meta"], line["text"]) for row, line in zip(rows, lines)]
+        wins = [(a > b) + (a == b) / 2 for a, b in zip(rewards, ref_rewards or rewards)]
+        out |= dict(reward=mean(rewards), win=mean(wins))
+    return out, rewards, lines
 
 # --------------------------------------------------------------------------------------- metrics
 OFFICIAL_DOMAINS = ("chat", "math", "code", "safety")  # of RM-Bench; a domain begins with its name
@@ -101,9 +163,6 @@ def kendall_tau(labels, scores):
     norm = math.sqrt(sum(map(abs, x)) * sum(map(abs, y)))
     return sum(a * b for a, b in zip(x, y)) / norm if norm else None
 
-def domain_of(name):
-    return next((d for d in OFFICIAL_DOMAINS if name.startswith(d)), name)
-
 def measure(data, scores, base=None):
     """All numbers of one model, one kind of score, one set.
 
@@ -113,7 +172,8 @@ def measure(data, scores, base=None):
     """
     labels, styles = data["scores"], data["style"]
     styled, out = any(styles), {}
-    domains = [domain_of(d) if styled else "" for d in data["domain"]]
+    official = lambda name: next((d for d in OFFICIAL_DOMAINS if name.startswith(d)), name)
+    domains = [official(d) if styled else "" for d in data["domain"]]
     for column in CELLS if styled else [""]:
         rows = [comparisons(*row, column) for row in zip(labels, styles, scores)]
         kept = [k for k, pairs in enumerate(rows) if pairs]  # equal labels: nothing to compare
@@ -150,7 +210,20 @@ def rm_bench(rows):
         out[column] = sum(out["matrix"][i][j] for i, j in cells) / 3
     return out | dict(Avg=(out["Easy"] + out["Normal"] + out["Hard"]) / 3)
 
+def audit(path):
+    """Who gets the gradient: mean shares over the first and the last third of training, from the
+    metrics.jsonl of a model of align.py; None for others."""
+    log = Path(path) / "metrics.jsonl"
+    lines = [json.loads(line) for line in open(log)] if log.exists() else [{}]
+    keys = [f"{a}_{b}" for a in ("pairs", "grad") for b in ("misranked", "barely", "well")]
+    if keys[0] not in lines[0]:
+        return None
+    third = -(-len(lines) // 3)
+    return [{k: sum(line[k] for line in part) / len(part) for k in keys}
+            for part in (lines[:third], lines[-third:])]
+
 # ---------------------------------------------------------------------------------------- tables
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, n - 1 = 1, 2
 
 def table(head, lines):
     rows = [head, ["---"] * len(head), *lines]
@@ -166,11 +239,56 @@ def accuracy_table(results):
     lines.append(["the longer one wins", "", *cells(results["longer_wins"])])
     return table(["model", "score by", *(title for _, _, title in columns)], lines)
 
+def audit_table(results):
+    """Shares of pairs and of gradient on misranked / barely / well ranked pairs; "" without any."""
+    show = lambda part, what: " / ".join(f"{100 * part[k]:.0f}" for k in part if what in k)
+    lines = [[m, *(show(part, what) for part in parts for what in ("pairs", "grad"))]
+             for m, parts in results["audit"].items() if parts]
+    head = ["model", "pairs, first third", "gradient", "pairs, last third", "gradient"]
+    text = ("\nWho gets the gradient: % of pairs and of |dL/dlogp| that are misranked (r <= 0) / "
+            "barely right (r up to the batch mean) / well ranked.\n\n")
+    return text + table(head, lines) if lines else ""
+
+def generation_table(results):
+    keys = list(dict.fromkeys(k for row in results["generation"].values() for k in row))
+    lines = [[m, *(f"{row[k]:.3f}" if k in row else "" for k in keys)]
+             for m, row in results["generation"].items()]
+    return "\nSamples, see README.\n\n" + table(["model", *keys], lines) if lines else ""
+
+def summary(files):
+    """Markdown of several results.json, one for each seed: mean and deviation over seeds, then the
+    paired differences from the reference and from dpo with Student's 95 % interval."""
+    runs = [json.loads(Path(f).read_text()) for f in files]
+    columns, first = columns_of(runs[0]), runs[0]["models"]
+    value = lambda run, m, kind, s, c: 100 * run["models"][m][kind][s][c]["accuracy"]
+    text = f"{len(runs)} seeds: mean (standard deviation) of accuracy in %.\n\n"
+    for base in [None, *(m for m in (runs[0]["ref"], "dpo") if m in first)]:
+        lines = []
+        for kind in runs[0]["kinds"]:
+            for m in (m for m in first if kind in first[m] and m != base):
+                cells = []
+                for s, c, _ in columns:
+                    if base and kind not in first[base]:
+                        continue
+                    x = torch.tensor([value(run, m, kind, s, c) for run in runs])
+                    if base:
+                        x -= torch.tensor([value(run, base, kind, s, c) for run in runs])
+                    half = x.std().item() * (T975[len(x) - 2] / math.sqrt(len(x)) if base else 1)
+                    cells.append(f"{x.mean():+.1f} ± {half:.1f}" if base else
+                                 f"{x.mean():.1f} ({half:.1f})")
+                lines += [[m, kind, *cells]] if cells else []
+        text += f"\nMinus {base}, paired by seed.\n\n" * bool(base)
+        text += table(["model", "score by", *(title for _, _, title in columns)], lines)
+    return text
+
 def columns_of(results):
     """[(set, column of `measure`, title)]."""
     several = sum(results["sets"].values()) > 1
     return [(name, c, f"{name} {c}" if several and c else c or name)
             for name, styled in results["sets"].items() for c in (CELLS if styled else [""])]
+
+def report(results):
+    return accuracy_table(results) + audit_table(results) + generation_table(results)
 
 def markdown(results):
     """results.md: accuracies by every kind of score, flips, Kendall's tau, RM-Bench by domain."""
@@ -200,7 +318,7 @@ def markdown(results):
         if missing and len(missing) < len(OFFICIAL_DOMAINS):
             text += (f"\n{', '.join(missing)} absent: a mean over {len(domains)} domains, not "
                      "comparable to published RM-Bench numbers.\n")
-    return text
+    return text + audit_table(results) + generation_table(results)
 
 # ------------------------------------------------------------------------------------------ main
 
@@ -212,8 +330,7 @@ def find_sets(root):
         raise ValueError(f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
     report = root.parent / "report.json"
     order = list(json.loads(report.read_text())["sets"]) if report.exists() else []
-    order = {name.removeprefix("eval/"): k for k, name in enumerate(order)}
-    folders.sort(key=lambda f: order.get(f.name, len(order)))
+    folders.sort(key=lambda f: f"eval/{f.name}" in order and order.index(f"eval/{f.name}"))
     sets = {f.name: load_rows(f) for f in folders}
     for name, data in sets.items():
         if all(len(set(labels)) < 2 for labels in data["scores"]):
@@ -234,6 +351,13 @@ def write_scores(folder, data, kinds, lengths):
         (folder / f"{name}.json").write_text(json.dumps(out))
 
 def main(args):
+    if args.summary:
+        text = summary([Path(f) / "results.json" for f in args.summary])
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        (Path(args.out) / "summary.md").write_text(text)
+        return print(f"{text}\n{args.out}/summary.md")
+    if not (args.models and args.data):
+        raise ValueError("wanted MODEL ... and --data, or --summary")
     device, sets = setup(), find_sets(Path(args.data))
     paths = list(dict.fromkeys([*([args.ref] if args.ref else []), *args.models]))
     for path in paths:
@@ -241,15 +365,22 @@ def main(args):
     short = [Path(p).name for p in paths]
     names = {p: n if short.count(n) == 1 else p.strip("/").replace("/", "_")
              for p, n in zip(paths, short)}
-    make = begin(args.out, args, [args.data, *paths], redo=True)
+    make = begin(args.out, args, [args.data, *paths, *filter(None, [args.prompts])], redo=True)
     if make is None:
-        print0(accuracy_table(json.loads((Path(args.out) / "results.json").read_text())))
-        return print0(f"{args.out} is complete; more in {args.out}/results.md")
-    sums = {}
+        results = json.loads((Path(args.out) / "results.json").read_text())
+        return print0(f"{report(results)}\n{args.out} is complete; more in {args.out}/results.md")
+    chosen = [data.select(range(min(args.generate, len(data)))) for data in sets.values()]
+    rows = [row for data in chosen for row in data]
+    prompts, sums = [row["prompt"] for row in rows], {}
+    samples = {p: generate(p, prompts, args, device, f"{names[p]}: samples") for p in paths if rows}
+    answers = {p: answer(p, names[p], args, device) for p in paths if args.prompts}
     for path in paths:
-        scorer = load_model(path, device)
-        sums[path] = {name: score_set(scorer, data, args.tokens_per_forward, device,
-                                      f"{names[path]}: {name}") for name, data in sets.items()}
+        scorer, budget = load_model(path, device), args.tokens_per_forward
+        sums[path] = {name: score_set(scorer, data, budget, device, f"{names[path]}: {name}")
+                      for name, data in sets.items()}
+        for p in (p for p in samples if path in (p, args.ref)):
+            own = dict(prompt=prompts, responses=[[ids] for ids, _ in samples[p]])
+            sums[path][p] = score_set(scorer, own, budget, device, f"{names[path]}: samples")
         del scorer
     if dist.get_rank():
         return
@@ -260,13 +391,15 @@ def main(args):
 
     average = {path: each(lambda s, n: s / n, sums[path], lengths) for path in paths}
     results = dict(
-        args=vars(args), ref=names.get(args.ref), models={},
+        args=vars(args), ref=names.get(args.ref), models={}, generation={},
         kinds=["average", "sum"] + ["implicit"] * bool(args.ref),
         sets={s: any(data["style"]) for s, data in sets.items()},
         longer_wins={s: measure(data, lengths[s]) for s, data in sets.items()},
+        audit={names[path]: audit(path) for path in paths},
         versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     out = make()
     shutil.rmtree(out / "scores", ignore_errors=True)
+    ref_rewards = None
     for path in paths:
         kinds, base = dict(average=average[path], sum=sums[path]), {}
         if args.ref and path != args.ref:
@@ -276,21 +409,33 @@ def main(args):
             kind: {s: measure(data, scores[s], base[kind][s] if kind in base else None)
                    for s, data in sets.items()} for kind, scores in kinds.items()}
         write_scores(out / "scores" / names[path], sets, kinds, lengths)
+        if answers:
+            (out / f"answers-{names[path]}.json").write_text(json.dumps(answers[path], indent=1))
+        if samples:
+            results["generation"][names[path]], rewards, lines = judge_samples(
+                load_tokenizer(path), rows, samples[path], sums[path][path],
+                sums[args.ref][path] if args.ref else None, ref_rewards)
+            ref_rewards = rewards if path == args.ref else ref_rewards  # the reference is first
+            (out / f"samples-{names[path]}.json").write_text(json.dumps(lines, indent=1))
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "results.md").write_text(markdown(results))
     shutil.rmtree(args.out, ignore_errors=True)
     os.replace(out, args.out)
-    print(f"\n{accuracy_table(results)}\nmore: {args.out}/results.md")
+    print(f"\n{report(results)}\nmore: {args.out}/results.md")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="Hugging Face folders or hub ids")
-    add("--data", required=True, help="a folder of sets (DIR/eval of prepare_data.py), or one set")
-    add("--ref", help="the reference policy, usually the SFT model: gives implicit rewards and "
-        "flips, and is scored as well")
+    add("models", nargs="*", metavar="MODEL", help="Hugging Face folders or hub ids")
+    add("--data", help="a folder of sets (DIR/eval of prepare_data.py), or one set")
+    add("--ref", help="the SFT model: gives implicit rewards and flips; is scored as well")
     add("--out", required=True, help="folder to write; it appears when complete")
-    add("--tokens-per-forward", type=int, default=16384, help="padded tokens of one forward of a "
-        "process (default 16384)")
+    add("--tokens-per-forward", type=int, default=16384, help="memory, not results (16384)")
+    add("--generate", type=int, default=0, metavar="N", help="prompts of each set to respond to (0)")
+    add("--prompts", help="JSON list of {instruction} to answer, as AlpacaEval has it")
+    add("--temperature", type=float, default=1.0, help="of sampling; 0: greedy (default 1)")
+    add("--max-new-tokens", type=int, default=512, help="of a sampled response (default 512)")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--summary", nargs="+", help="folders of results to summarise instead, one for each seed")
     run(main, parser)

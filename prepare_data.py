@@ -12,7 +12,7 @@ holds the one BOS (if the model has one) and the generation prompt, a response o
     python prepare_data.py --model toy --out runs/data       # the toy world with all its sets: 40 s
     python prepare_data.py --model DIR --sft a.jsonl --prefs b.jsonl --eval ID=c.jsonl --out D
 
-A source is `toy:SPLIT`, a hub id (or id:split), a .json / .jsonl / .jsonl.gz / .parquet file, a
+A source is `toy:SPLIT` (toy:prefs+noise=0.2 flips labels), a hub id (or id:split), a .json / .jsonl / .jsonl.gz / .parquet file, a
 folder of those, or a `datasets` folder; commas join several. Rows are told apart by their keys:
 
     {prompt, completion}  {messages}        demonstrations, one for each assistant turn
@@ -96,15 +96,18 @@ def true_reward(meta, text):
 @functools.lru_cache
 def toy_rows(split, seed):
     """The rows of a split of the toy world, in the shapes that real data have. Deterministic."""
+    split, _, noise = split.partition("+noise=")
     if split not in SPLITS:
         raise ValueError(f"toy:{split}: the toy world has no such split, but {', '.join(SPLITS)}")
     size, tasks, writers, n, part = SPLITS[split]
-    rng, rows = random.Random(f"toy {split} {seed}"), []
+    rng, rows, flips = random.Random(f"toy {split} {seed}"), [], random.Random(f"noise {seed}")
     while len(rows) < size:
         task, x = rng.choice(tasks), [rng.randrange(10) for _ in range(rng.randrange(3, 7))]
         if "0000011122"[zlib.crc32(f"{task} {x}".encode()) % 10] == str(part):
             row = toy_row(rng, task, x, writers, n, part)
             rows += [row | dict(id=f"toy-{split}-{len(rows)}")] if row else []
+            if row and noise and flips.random() < float(noise):
+                rows[-1] |= dict(chosen=row["rejected"], rejected=row["chosen"])
     return rows
 
 def toy_row(rng, task, x, writers, n, part):

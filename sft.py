@@ -125,7 +125,7 @@ class Scorer(torch.nn.Module):
         hidden = self.lm.base_model(input_ids=ids[None], position_ids=positions[None],
                                     use_cache=False, layout=layout).last_hidden_state  # (1, T, D)
         if hasattr(self.lm, "score"):
-            return self.lm.score(hidden[0, last]).float().squeeze(-1)
+            return self.lm.score(hidden[0, last]).float().sum(-1)
         hidden = hidden[0].index_select(0, source)  # (N, D)
         chunks = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK))
         logps = [checkpoint(self.token_logps, h, y, use_reentrant=False) for h, y in chunks]
@@ -271,9 +271,12 @@ def learning_rate(step, steps, peak, warmup=0.1):
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-def update(scorer, optimizer, lr, clip):
-    """Clip by global norm, step, clear the gradients. Returns the norm before clipping, ()."""
-    norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), clip)
+def update(scorer, optimizer, lr, clip, what=""):
+    """Clip by global norm, step, clear the gradients. Returns the norm before clipping; ValueError
+    about `what` if it is not finite, and then no step is made."""
+    norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), clip).full_tensor().item()
+    if not math.isfinite(norm):
+        raise ValueError(f"gradient norm {norm} in {what}")
     group = optimizer.param_groups[0]
     group["lr"] = lr
     for p, local in zip(optimizer.named.values(), group["params"]):
@@ -282,7 +285,7 @@ def update(scorer, optimizer, lr, clip):
     optimizer.step()
     optimizer.zero_grad()
     scorer.zero_grad()
-    return norm.full_tensor()
+    return norm
 
 def tensors(scorer, optimizer):
     """All that a checkpoint holds, by flat keys. A DTensor is one entry of all ranks; the plain
@@ -439,13 +442,9 @@ def main(args):
                 loss += part.detach()
             dist.all_reduce(loss)
             lr = learning_rate(step, steps, args.lr)
-            norm = update(scorer, optimizer, lr, args.clip).item()
-            loss = loss.item()
-            if not math.isfinite(loss + norm):
-                raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}; "
-                                 f"rows {batch['id']}")
+            norm = update(scorer, optimizer, lr, args.clip, f"step {step + 1}: {batch['id']}")
             total, seconds = tokens + sum(len(p) for p, _ in rows), time.perf_counter() - began
-            log(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens,
+            log(dict(step=step + 1, loss=loss.item(), lr=lr, grad_norm=norm, response_tokens=tokens,
                      tokens_per_s=total / seconds, memory_gib=memory_gib(device)))
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
                 save_checkpoint(partial, step + 1, scorer, optimizer)

@@ -395,5 +395,5 @@ def test_reward_model_its_folder_its_margins_and_madpo(align, data, models, tmp_
     c = lambda a: 0.5 + 1.5 / (1 + 2 * math.exp(a - 2))
     weights = [s(c(abs(h)) * h) / s(h) if h > -2 else 1 for h in (-3 + k / 3 for k in range(19))]
     assert metrics(tmp_path / "madpo")[0]["loss"] == pytest.approx(sum(weights) / 19 * math.log(2), rel=1e-5)
-    with pytest.raises(SystemExit, match="margins of"):
-        run_here(*align("madpo", tmp_path / "other", "--margins", margins, "--min-gap", 0.1))
+    with pytest.raises(SystemExit, match="not of the 17 pairs"):
+        run_here(*align("madpo", tmp_path / "other", "--margins", margins, "--min-gap", 0.7))
