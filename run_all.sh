@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Prepare -> SFT -> align -> evaluate, on one code path from a laptop to a multi-GPU node.
-#
 #   bash run_all.sh        the toy world with dpo, simpo, amapo; a table at the end. 2 cores, no GPU,
-#                          no hub: under 10 minutes after installation
+#                          no hub: 2 to 5 minutes after installation
 #   bash run_all.sh test   the tests;   bash run_all.sh soak   the long ones too
+#   bash run_all.sh NAME   an experiment of the table below, over SEEDS
 #
 # What is complete is skipped, what was interrupted resumes. Everything is set by environment variables:
 #
@@ -13,11 +13,13 @@
 #   SFT_DATA   source of demonstrations; none: MODEL is the SFT model already
 #   PREF_DATA  source of preferences to train on (what a source is: python prepare_data.py -h)
 #   EVAL_DATA  NAME=SOURCE ..., preferences to evaluate on
-#   LOSSES     which losses: "dpo simpo amapo"
+#   LOSSES     which losses: "dpo simpo amapo". LOSS@K=V,K=V changes hyper-parameters, or lr,
+#              batch-size, epochs, pairs, min-gap, sft-weight; it becomes the folder's name
+#   SEEDS      several seeds, each in OUT/seed-K: a table over seeds at the end. Experiments: "0 1 2"
 #   OUT        where everything goes: runs/$SETTING
 #   MAX_LENGTH tokens of prompt and response; longer pairs are dropped
 #   SEED       of the data order and the toy world: 0
-#   SFT_ARGS, ALIGN_ARGS   more arguments for sft.py and align.py, e.g. "--save-every 50"
+#   SFT_ARGS, ALIGN_ARGS, EVAL_ARGS   more arguments of the stages, e.g. "--save-every 50"
 #   NPROC      processes on this node: one for each GPU, or 1
 #   PYTHON     an interpreter that has the packages; without it a .venv is made here
 #   TORCHRUN   more arguments for torchrun, with OUT on a shared disk and the same command on each
@@ -64,6 +66,20 @@ llama3-instruct  simpo  --lr 1e-6 --hp beta=2.5 --hp gamma=1.375
 llama3-instruct  amapo  --lr 1e-6 --hp beta=3.0
 "
 
+# experiment: losses (EVERY: all of them) | arguments of evaluate.py
+EXPERIMENTS="
+compare    dpo simpo amapo                                                             |
+losses     EVERY                                                                       |
+ablation   dpo simpo@gamma=0 amapo amapo@form=paper amapo@znorm=false amapo@exp=false amapo@clip=false amapo@znorm=false,exp=false |
+beta       dpo simpo@gamma=0 amapo@beta=1 amapo@beta=2 amapo@beta=2.5 amapo@beta=3 amapo@beta=5 amapo@beta=10 |
+batch      dpo simpo@gamma=0 amapo@batch-size=16 amapo@batch-size=32 amapo amapo@batch-size=128 amapo@group=4 amapo@group=8 |
+alpha      dpo simpo@gamma=0 simpo alphadpo@alpha=0 alphadpo@alpha=0.05 alphadpo@alpha=0.1 alphadpo@alpha=0.2 alphadpo@alpha=0.3 amapo | --generate 100 --max-new-tokens 64
+audit      dpo ipo simpo@gamma=0 simpo alphadpo betadpo amapo                           |
+noise      dpo robust simpo@gamma=0 simpo amapo                                        |
+perplexity dpo simpo@gamma=0 simper amapo amapo@exp=false                              | --generate 100 --max-new-tokens 64
+frontier   dpo dpo@beta=0.3 dpo@beta=0.03 simpo@gamma=0 simpo simpo@beta=10 amapo amapo@beta=10 | --generate 100 --max-new-tokens 64
+"
+
 # --------------------------------------------------------------------------------- environment
 install() { # requirements files into .venv, again when they change; a given PYTHON is only asked for what it lacks
   if [ -z "${PYTHON:-}" ]; then
@@ -85,9 +101,14 @@ case $WHAT in
     install requirements.txt tests/requirements.txt
     select="not soak"; [ "$WHAT" = test ] || select=""
     exec "$PYTHON" -m pytest tests -q --durations 5 -m "$select" ;;
-  compare) install requirements.txt ;;
-  *) echo "run_all.sh: $WHAT: wanted compare (the default), test or soak" >&2; exit 2 ;;
+  *) line=$(awk -v w="$WHAT" '$1 == w { sub(/^ *[^ ]+/, ""); print }' <<< "$EXPERIMENTS")
+    if [ -z "$line" ]; then
+      echo "run_all.sh: $WHAT: wanted test, soak or$(awk '/[|]/ { printf " %s", $1 }' <<< "$EXPERIMENTS")" >&2
+      exit 2
+    fi
+    install requirements.txt ;;
 esac
+[ "$WHAT" = compare ] || SEEDS=${SEEDS:-0 1 2}
 
 # ---------------------------------------------------------------------------------- the stages
 [ -z "${MODEL:-}" ] || SETTING=${SETTING:-custom}
@@ -105,10 +126,18 @@ IFS='|' read -r _ model sft_data pref_data length <<< "$(tr -d ' ' <<< "$row")"
 MODEL=${MODEL:-$model} SFT_DATA=${SFT_DATA:-$sft_data} PREF_DATA=${PREF_DATA:-$pref_data}
 OUT=${OUT:-runs/$SETTING} MAX_LENGTH=${MAX_LENGTH:-$length}
 [ "$MODEL" = toy ] || EVAL_DATA=${EVAL_DATA:-$EVALS}
-LOSSES=${LOSSES:-dpo simpo amapo} SEED=${SEED:-0}
-recipe() { # the arguments of a stage in this setting; a loss without a row gets the one called `other`
-  awk -v s="$SETTING" -v l="$1" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }
+LOSSES=${LOSSES:-${line%|*}} SEED=${SEED:-0}
+[ "$(tr -d ' ' <<< "$LOSSES")" != EVERY ] || LOSSES=$("$PYTHON" -c 'import align; print(*(k for k in align.LOSSES if k != "reward"))')
+recipe() { # the arguments of a stage in this setting, or those called `other`; then the changes of STAGE@K=V,...
+  awk -v s="$SETTING" -v l="${1%%@*}" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }
     END { sub(/^ *[^ ]+/, "", found); print found }' <<< "$RECIPES"
+  local pair pairs=; [[ $1 != *@* ]] || pairs=${1#*@}
+  for pair in ${pairs//,/ }; do
+    case $pair in
+      lr=*|batch-size=*|epochs=*|pairs=*|min-gap=*|sft-weight=*) echo "--${pair%%=*} ${pair#*=}" ;;
+      *) echo "--hp $pair" ;;
+    esac
+  done
 }
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
@@ -120,28 +149,49 @@ fi
 export TOKENIZERS_PARALLELISM=false PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 say() { printf '\n[%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
-say "prepare: $OUT/data"
-if [[ "${TORCHRUN:-}" =~ --node[-_]rank[\ =]+[1-9] ]]; then # one node prepares, the others wait for it
-  until [ -e "$OUT/data/report.json" ]; do sleep 5; done
+align() { # NAME [ARGUMENT ...]: OUT/NAME from OUT/sft
+  say "align: $OUT/$1"
+  "${launch[@]}" align.py --loss "${1%%@*}" --model "$SFT" --data "$OUT/data/train" \
+    --out "$OUT/$1" $(recipe "$1") --seed "$SEED" ${ALIGN_ARGS:-} "${@:2}"
+}
+chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
+  local OUT=$1 SEED=$2 MODEL=$MODEL SFT table=$1/evaluation loss
+  [ "$WHAT" = compare ] || table=$OUT/$WHAT
+  say "prepare: $OUT/data"
+  if [[ "${TORCHRUN:-}" =~ --node[-_]rank[\ =]+[1-9] ]]; then # one node prepares, the others wait for it
+    until [ -e "$OUT/data/report.json" ]; do sleep 5; done
+  else
+    sft_source=() && [ "$SFT_DATA" = none ] || sft_source=(--sft "$SFT_DATA")
+    "$PYTHON" prepare_data.py --model "$MODEL" "${sft_source[@]}" --prefs "$PREF_DATA" \
+      --eval ${EVAL_DATA:-} --max-length "$MAX_LENGTH" --seed "$SEED" --out "$OUT/data"
+  fi
+  [ "$MODEL" != toy ] || MODEL=$OUT/data/model
+  SFT=$MODEL
+  if [ "$SFT_DATA" != none ]; then
+    say "SFT: $OUT/sft"
+    "${launch[@]}" sft.py --model "$MODEL" --data "$OUT/data/sft" --out "$OUT/sft" \
+      $(recipe sft) --seed "$SEED" ${SFT_ARGS:-}
+    SFT=$OUT/sft
+  fi
+  for loss in $LOSSES; do
+    margins=() && [[ $loss != madpo* ]] || { align reward; margins=(--margins "$OUT/reward/margins.json"); }
+    align "$loss" "${margins[@]}"
+  done
+  say "evaluate: $table"
+  "${launch[@]}" evaluate.py "$SFT" $(printf "$OUT/%s " $LOSSES) --ref "$SFT" \
+    --data "$OUT/data/eval" --out "$table" ${line##*|} ${EVAL_ARGS:-}
+  say "done; everything is in $OUT, the table in $table/results.md"
+}
+
+if [ -z "${SEEDS:-}" ]; then
+  chain "$OUT" "$SEED"
 else
-  sft_source=() && [ "$SFT_DATA" = none ] || sft_source=(--sft "$SFT_DATA")
-  "$PYTHON" prepare_data.py --model "$MODEL" "${sft_source[@]}" --prefs "$PREF_DATA" \
-    --eval ${EVAL_DATA:-} --max-length "$MAX_LENGTH" --seed "$SEED" --out "$OUT/data"
+  tables=evaluation && [ "$WHAT" = compare ] || tables=$WHAT
+  for seed in $SEEDS; do chain "$OUT/seed-$seed" "$seed"; done
+  "$PYTHON" evaluate.py --summary $(printf "$OUT/seed-%s/$tables " $SEEDS) --out "$OUT/$tables"
 fi
-[ "$MODEL" != toy ] || MODEL=$OUT/data/model
-SFT=$MODEL
-if [ "$SFT_DATA" != none ]; then
-  say "SFT: $OUT/sft"
-  "${launch[@]}" sft.py --model "$MODEL" --data "$OUT/data/sft" --out "$OUT/sft" \
-    $(recipe sft) --seed "$SEED" ${SFT_ARGS:-}
-  SFT=$OUT/sft
+if [ "$WHAT" = noise ] && [ "$PREF_DATA" = toy:prefs ]; then # a world for each further level of label noise
+  for level in 0.1 0.2 0.3; do
+    OUT=$OUT-$level PREF_DATA=toy:prefs+noise=$level LOSSES=$LOSSES PYTHON=$PYTHON bash run_all.sh noise
+  done
 fi
-for loss in $LOSSES; do
-  say "align: $OUT/$loss"
-  "${launch[@]}" align.py --loss "$loss" --model "$SFT" --data "$OUT/data/train" \
-    --out "$OUT/$loss" $(recipe "$loss") --seed "$SEED" ${ALIGN_ARGS:-}
-done
-say "evaluate: $OUT/evaluation"
-"${launch[@]}" evaluate.py "$SFT" $(printf "$OUT/%s " $LOSSES) --ref "$SFT" \
-  --data "$OUT/data/eval" --out "$OUT/evaluation"
-say "done; everything is in $OUT, the table in $OUT/evaluation/results.md"

@@ -221,6 +221,50 @@ def test_amapo_without_deviation_is_simpo_without_gamma(r, form):
     assert torch.equal(call("amapo", dict(pi=pi), beta=2.0, form=form), call("simpo", dict(pi=pi), beta=2.0, gamma=0.0))
 
 
+@pytest.mark.parametrize("off, margins_by_hand", [  # of r = (0, 1), beta = 2: mu = 0.5, z = sqrt(0.5) below the mean and minus that above
+    ("", (2 * math.exp(0.5 * math.sqrt(0.5)), 0)), ("znorm", (2 * math.exp(0.5 * 0.5), 0)), ("exp", (math.sqrt(0.5), 0)),
+    ("clip", (2 * math.exp(0.5 * math.sqrt(0.5)), 2 * math.exp(-0.5 * math.sqrt(0.5)))),
+    ("exp clip", (math.sqrt(0.5), -math.sqrt(0.5))), ("znorm exp clip", (2 * 0.25, -2 * 0.25))])
+def test_amapo_ablations_by_hand(off, margins_by_hand):
+    hp = configure("amapo", ["beta=2", *(f"{part}=false" for part in off.split())])[1]
+    out = call("amapo", dict(pi=margins([0.0, 1.0])), **hp)
+    assert out.tolist() == pytest.approx([math.log(1 + math.exp(m - 2 * r)) for r, m in zip((0, 1), margins_by_hand)], rel=1e-9)
+
+
+# --------------------------------------------------------------------------------- losses with a state: two batches, one after the other
+def two_batches(name, **hp):
+    """Losses of two batches of two pairs, and the last state. Reference 0, lengths 1; r = u - v: 1 and 3, then 5 and 5 (v = 0)."""
+    state, out, one = {}, [], torch.ones(2, dtype=torch.float64)
+    for u in ([1.0, 3.0], [5.0, 5.0]):
+        values, state = LOSSES[name](Logps(torch.tensor(u, dtype=torch.float64), 0 * one, one, one), Logps(0 * one, 0 * one, one, one), state, **hp)
+        out.append(values.tolist())
+    return out, {k: v.item() for k, v in state.items()}
+
+
+def test_alphadpo_with_running_averages_by_hand():
+    """Means 2 and 5, deviations sqrt(2) and 0; by ema = 0.5 from 0 on: 1 and 3, sqrt(2) / 2 and sqrt(2) / 4."""
+    out, state = two_batches("alphadpo", beta=2.0, gamma=0.5, alpha=0.1, ema=0.5)
+    logit = lambda r, mean, std: 2 * r - 0.5 - 2 * 0.1 * (r - mean) / std
+    half = math.sqrt(2) / 2
+    assert out[0] == pytest.approx([-ls(logit(1, 1, half)), -ls(logit(3, 1, half))], rel=1e-9)
+    assert out[1] == pytest.approx([-ls(logit(5, 3, half / 2))] * 2, rel=1e-9)
+    assert state == pytest.approx(dict(mean=3, std=half / 2, step=2))
+
+
+def test_betadpo_with_running_averages_by_hand():
+    """All pairs are kept, so beta is 0.1 * (1 + 0.5 * (mean of the batch - running mean)): of 2 - 1, then of 5 - 3."""
+    out, state = two_batches("betadpo", beta=0.1, alpha=0.5, keep=1.0, ema=0.5)
+    assert out[0] == pytest.approx([-ls(0.15 * 1), -ls(0.15 * 3)], rel=1e-9) and out[1] == pytest.approx([-ls(0.2 * 5)] * 2, rel=1e-9)
+    assert state == pytest.approx(dict(mean=3, std=math.sqrt(2) / 4, step=2))
+
+
+def test_bco_shift_is_that_of_all_batches_so_far():
+    """Rewards 0.1, 0.3 and two zeros: delta = 0.1. Then 0.5 twice and two zeros more: 1.4 / 8."""
+    out, state = two_batches("bco", beta=0.1)
+    assert out[0] == pytest.approx([-ls(u - 0.1) - ls(0.1) for u in (0.1, 0.3)], rel=1e-9)
+    assert out[1] == pytest.approx([-ls(0.5 - 0.175) - ls(0.175)] * 2, rel=1e-9) and state == pytest.approx(dict(total=1.4, count=8))
+
+
 # ------------------------------------------------------------------------------------------------------- command line, pairs
 def test_configure_reads_and_refuses():
     assert configure("amapo", ["beta=3", "group=8", "form=paper"])[1] | {} == dict(configure("amapo", [])[1], beta=3.0, group=8, form="paper")

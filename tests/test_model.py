@@ -108,6 +108,18 @@ def test_a_config_that_scales_logits_is_refused(key, models, tmp_path):
             sft.load_model(str(tmp_path / "m"), CPU)
 
 
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_dropout_of_a_config_stays_off(recompute, models, tmp_path):
+    shutil.copytree(models["llama"], tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | dict(attention_dropout=0.5)))
+    rows, lm = random_rows(4), plain_model(models["llama"]).eval()
+    with torch.no_grad():
+        expected = torch.stack([reference_logp(lm, p, r) for p, rs in rows for r in rs])
+    found = sft.score(sft.load_model(str(tmp_path / "m"), CPU, recompute), rows, range(len(rows)), CPU)
+    torch.testing.assert_close(found.detach().double(), expected, rtol=1e-5, atol=0)
+
+
 # --------------------------------------------------------------------------------------------------------- plan and learning rate
 
 ROWS = st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=6)), min_size=1, max_size=40)
@@ -309,3 +321,58 @@ def test_a_generation_config_that_transformers_refuses_to_write_costs_no_trainin
     tok = transformers.AutoTokenizer.from_pretrained(tokenizer)
     save(scorer, tok, tmp_path, torch.float32)
     assert set(transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id) == {4, 5}
+
+
+@pytest.mark.parametrize("stops, kept", [(None, {4, 5}), (7, {4, 5, 7}), ([7, 9], {4, 5, 7, 9})])
+def test_the_stop_ids_of_the_tokenizer_join_those_of_the_model(stops, kept, models, tokenizer, tmp_path):
+    shutil.copytree(models["llama"], tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(dict(eos_token_id=stops)))
+    scorer = sft.load_model(str(tmp_path / "m"), CPU)
+    save(scorer, transformers.AutoTokenizer.from_pretrained(tokenizer), tmp_path, torch.float32)
+    assert set(transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id) == kept
+
+
+# ------------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_checkpoint_is_whole_or_absent_and_the_newest_counts(name, models, tmp_path, monkeypatch):
+    """Steps 9 and 10 are saved, 11 fails while it is written; a kill left step 9 beside 10. Then 10 is resumed, as if never stopped."""
+    rows = random_rows(5)
+    weights, state = [torch.ones(len(rs)) for _, rs in rows], dict(total=torch.tensor(0.1, dtype=torch.float64))
+    folders = lambda: {f.name for f in (tmp_path / "p").iterdir()}
+
+    def new():
+        scorer = sft.load_model(str(models["llama"]), CPU)
+        return scorer, sft.make_optimizer(name, scorer)
+
+    def step(scorer, optimizer):
+        scores_and_gradients(scorer, rows, weights, 10**6)
+        sft.update(scorer, optimizer, 1e-3, 1.0)
+        return [p.full_tensor().detach().clone() for p in scorer.parameters()]
+
+    run, write = new(), sft.dcp.save
+    assert sft.load_checkpoint(tmp_path / "p", *run) == (0, {})
+    for _ in range(9):
+        step(*run)
+    sft.save_checkpoint(tmp_path / "p", 9, *run)
+    shutil.copytree(tmp_path / "p/step-9", tmp_path / "nine")
+    step(*run)
+    sft.save_checkpoint(tmp_path / "p", 10, *run, state)
+    assert folders() == {"step-10"}
+    shutil.copytree(tmp_path / "nine", tmp_path / "p/step-9")
+    expected = step(*run)
+
+    def fail(*args, checkpoint_id):
+        write(*args, checkpoint_id=checkpoint_id)
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.dcp, "save", fail)
+        with pytest.raises(OSError, match="disk full"):
+            sft.save_checkpoint(tmp_path / "p", 11, *run)
+    run = new()
+    assert sft.load_checkpoint(tmp_path / "p", *run) == (10, state)
+    assert all(torch.equal(a, b) for a, b in zip(step(*run), expected))
+    sft.save_checkpoint(tmp_path / "p", 11, *run)
+    assert folders() == {"step-11"}

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import time
 
@@ -276,6 +277,128 @@ def test_bad_input_of_a_real_process(align, tmp_path):
     code, out, err = run_stage(*align("amapo", tmp_path / "o"), "--data", tmp_path / "absent")
     assert code == 1 and err.count("\n") == 1 and err.startswith("align.py: ") and str(tmp_path / "absent") in err
     assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------- what the arguments mean
+
+
+@pytest.mark.parametrize("more, gaps", [  # 14 pairs of scores 1 and 0, and a list of scores 0.5, 2, 0.5, 1
+    ([], 15 * [1.0] + 2 * [1.5] + 2 * [0.5]), (["--min-gap", 1], 15 * [1.0] + 2 * [1.5]),
+    (["--pairs", "best-worst"], 14 * [1.0] + [1.5]), (["--pairs", "best-worst", "--min-gap", 1.2], [1.5])])
+def test_pairs_gaps_and_hyper_parameters_reach_the_loss(more, gaps, align, tmp_path):
+    """At step 0 policy and reference are one, so ODPO with alpha = 2 is -log s(-2 log(gap)) = log(1 + gap^2)."""
+    run_here(*align("odpo", tmp_path / "o", "--hp", "alpha=2", "--batch-size", 26, "--max-steps", 1, *SMALL, *more))
+    assert metrics(tmp_path / "o")[0]["loss"] == pytest.approx(sum(math.log(1 + g * g) for g in gaps) / len(gaps), rel=1e-9)
+
+
+def test_an_epoch_is_every_row_once_in_the_order_of_the_seed(align, sft, data, tmp_path):
+    import datasets
+
+    more = lambda seed: ["--batch-size", 9, "--epochs", 1.5, "--lr", 1e-12, "--seed", seed]
+    for seed in (0, 1):
+        run_here(*sft(tmp_path / f"sft{seed}", *more(seed)))
+        run_here(*align("simpo", tmp_path / f"simpo{seed}", *more(seed)))
+    a, b, c, d = (metrics(tmp_path / f"{name}{seed}") for name in ("sft", "simpo") for seed in (0, 1))
+    assert [len(x) for x in (a, b, c, d)] == [5] * 4  # 3 steps an epoch
+    tokens = sum(len(row["responses"][0]) for row in datasets.load_from_disk(str(data / "sft")))
+    assert [sum(line["response_tokens"] for line in x[:3]) for x in (a, b)] == [tokens] * 2
+    for (x, y), weights in (((a, b), [[line["response_tokens"] for line in x] for x in (a, b)]), ((c, d), [[9, 9, 1]] * 2)):
+        total = [sum(n * line["loss"] for n, line in zip(w, z[:3])) for z, w in zip((x, y), weights)]
+        assert total[0] == pytest.approx(total[1], rel=1e-5) and abs(x[0]["loss"] - y[0]["loss"]) > 1e-4 * abs(x[0]["loss"])
+
+
+def test_weight_decay_is_that_of_adamw(sft, models, tmp_path):
+    """Decoupled: one step at a rate of 0.01 with a decay of 0.5 takes 0.005 of each weight, whatever the gradient."""
+    for decay in (0, 0.5):
+        run_here(*sft(tmp_path / f"o{decay}", "--batch-size", 9, "--max-steps", 1, "--lr", 0.01, "--weight-decay", decay))
+    a, b, before = weights(tmp_path / "o0"), weights(tmp_path / "o0.5"), weights(models["llama"])
+    for k, w in before.items():
+        torch.testing.assert_close(a[k] - b[k], 0.005 * w, rtol=0, atol=1e-6)
+
+
+def test_a_reference_is_of_the_very_micro_batches_and_data_of_the_run(align, models, data, tmp_path):
+    """So that DPO's first loss is ln 2 to the last digit, and the losses of one start share their reference; a wrong one is noticed."""
+    import datasets
+
+    shutil.copytree(data, tmp_path / "d")
+    rows = datasets.load_from_disk(str(data / "train"))
+    rows.select(range(len(rows))[::-1]).save_to_disk(tmp_path / "d/reversed")
+    job = lambda loss, name, *more: align(loss, tmp_path / name, "--data", tmp_path / "d/train", "--max-steps", 1, "--batch-size", 9, *more)
+    shutil.rmtree(tmp_path / "d/reference", ignore_errors=True)
+    changes = [[], ["--seed", 1], ["--batch-size", 7], ["--tokens-per-forward", 100], ["--pairs", "best-worst"],
+               ["--data", tmp_path / "d/reversed"], ["--min-gap", 1]]
+    for k, change in enumerate(changes):
+        run_here(*job("dpo", str(k), *change))
+        assert metrics(tmp_path / str(k))[0]["loss"] == pytest.approx(math.log(2), abs=1e-12)
+        assert len(list((tmp_path / "d/reference").iterdir())) == k + 1
+        if k == 0:
+            run_here(*job("ipo", "ipo"))
+            (file,) = (tmp_path / "d/reference").iterdir()  # shared
+    torch.save(torch.load(file) + torch.tensor([[1.0], [0.0]]), file)
+    with pytest.raises(AssertionError, match="first loss"):
+        run_here(*job("dpo", "wrong"))
+
+
+@pytest.mark.parametrize("more", [[], ["--replay"]])
+def test_the_state_of_a_loss_is_carried_saved_and_resumed(more, align, tmp_path, monkeypatch):
+    """A loss that counts its pairs: 9, 9 and 1 in an epoch. It fails once in step 4, and is resumed from the checkpoint of step 2."""
+    import prepare_data
+
+    failures, run = [1], prepare_data.run
+
+    def count(pi, state):
+        total = state.get("total", 0.0) + torch.tensor(float(len(pi.w)), dtype=torch.float64)
+        if total == 28 and failures:
+            raise ValueError(f"failure {failures.pop()}")
+        return total + 0 * pi.w, dict(total=total)
+
+    count.batch = True
+    monkeypatch.setattr(prepare_data, "run", lambda main, parser: main.__globals__["LOSSES"].update(count=count) or run(main, parser))
+    job = align("count", tmp_path / "o", "--batch-size", 9, "--epochs", 2, "--lr", 1e-3, "--save-every", 2, *SMALL, *more)
+    with pytest.raises(SystemExit, match="failure 1"):
+        run_here(*job)
+    assert [line["loss"] for line in metrics(tmp_path / "o.partial")] == [9, 18, 19]
+    (tmp_path / "o.partial/draft-3").mkdir()  # of a kill, with another --save-every
+    run_here(*job)
+    assert not list((tmp_path / "o").glob("draft-*")) and not list((tmp_path / "o").glob("step-*"))
+    assert [line["loss"] for line in metrics(tmp_path / "o")] == [9, 18, 19, 28, 37, 38]
+
+
+@pytest.mark.parametrize("loss, more, order", [("simpo", [], "(fb)+"), ("amapo", [], "f+b"), ("amapo", ["--replay"], "f+(fb)+"),
+                                               ("dpo", [], "f+(fb)+")])  # the reference has the same micro-batches
+def test_graphs_are_kept_no_longer_than_the_loss_needs(loss, more, order, align, tmp_path, monkeypatch):
+    """Forwards and backwards of a step: one micro-batch after the other for a loss of single pairs, all forwards first for one of the batch."""
+    import sft as model_side
+
+    calls, forward, backward = [], model_side.Scorer.forward, torch.autograd.backward
+    monkeypatch.setattr(model_side.Scorer, "forward", lambda *args, **kwargs: calls.append("f") or forward(*args, **kwargs))
+    monkeypatch.setattr(torch.autograd, "backward", lambda *args, **kwargs: calls.append("b") or backward(*args, **kwargs))
+    run_here(*align(loss, tmp_path / "o", "--batch-size", 25, "--max-steps", 1, *SMALL, *more))
+    assert calls.count("f") >= 4 and re.fullmatch(order, "".join(calls))
+    assert order != "f+(fb)+" or calls.count("f") == 2 * calls.count("b")
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("stage", ["sft", "simpo"])
+def test_memory_arguments_are_obeyed(stage, layers, align, sft, tmp_path, monkeypatch):
+    """Each of the micro-batches runs both layers once, and again those that --checkpoint-layers names."""
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
+
+    calls = []
+    for kind in (LlamaModel, LlamaMLP):
+        monkeypatch.setattr(kind, "forward", lambda *args, kind=kind, whole=kind.forward, **kw: calls.append(kind) or whole(*args, **kw))
+    more = ["--batch-size", 9, "--max-steps", 1, *SMALL, "--checkpoint-layers", layers]
+    run_here(*(sft(tmp_path / "o", *more) if stage == "sft" else align(stage, tmp_path / "o", *more)))
+    micros = calls.count(LlamaModel)
+    assert micros >= 3 and calls.count(LlamaMLP) == micros * (2 + layers)
+
+
+@pytest.mark.parametrize("stage", ["sft", "simpo"])
+def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(stage, align, sft, tmp_path):
+    more = ["--batch-size", 9, "--max-steps", 3, "--lr", 1e38]
+    with pytest.raises(SystemExit, match=r"gradient norm nan in step 2: \[") as error:
+        run_here(*(sft(tmp_path / "o", *more) if stage == "sft" else align(stage, tmp_path / "o", *more)))
+    assert "\n" not in error.value.code and not (tmp_path / "o").exists()
 
 
 # ------------------------------------------------------------------------------------------------- bfloat16, other architectures
