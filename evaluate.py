@@ -223,21 +223,22 @@ def audit(path):
             for part in (lines[:third], lines[-third:])]
 
 # ---------------------------------------------------------------------------------------- tables
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, n - 1 = 1, 2
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, by n - 1
 
 def table(head, lines):
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
-def accuracy_table(results):
-    """The main table: a row for each model and kind of score, a column for each set."""
+def main_tables(results):
+    """The main table, a row for each model and kind of score, a column for each set; and others."""
     columns = columns_of(results)
     show = lambda v: f"{100 * v['accuracy']:.1f} [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
     cells = lambda values: [show(values[name][c]) for name, c, _ in columns]
     lines = [[model, kind, *cells(kinds[kind])] for kind in results["kinds"]
              for model, kinds in results["models"].items() if kind in kinds]
     lines.append(["the longer one wins", "", *cells(results["longer_wins"])])
-    return table(["model", "score by", *(title for _, _, title in columns)], lines)
+    text = table(["model", "score by", *(title for _, _, title in columns)], lines)
+    return text + audit_table(results) + generation_table(results)
 
 def audit_table(results):
     """Shares of pairs and of gradient on misranked / barely / well ranked pairs; "" without any."""
@@ -273,7 +274,7 @@ def summary(files):
                     x = torch.tensor([value(run, m, kind, s, c) for run in runs])
                     if base:
                         x -= torch.tensor([value(run, base, kind, s, c) for run in runs])
-                    half = x.std().item() * (T975[len(x) - 2] / math.sqrt(len(x)) if base else 1)
+                    half = x.std().item() * (T975[min(len(x), 11) - 2] / math.sqrt(len(x)) if base else 1)
                     cells.append(f"{x.mean():+.1f} ± {half:.1f}" if base else
                                  f"{x.mean():.1f} ({half:.1f})")
                 lines += [[m, kind, *cells]] if cells else []
@@ -283,18 +284,15 @@ def summary(files):
 
 def columns_of(results):
     """[(set, column of `measure`, title)]."""
-    several = sum(results["sets"].values()) > 1
-    return [(name, c, f"{name} {c}" if several and c else c or name)
+    one = sum(results["sets"].values()) == 1
+    return [(name, c, c or name if one else f"{name} {c}".strip())
             for name, styled in results["sets"].items() for c in (CELLS if styled else [""])]
-
-def report(results):
-    return accuracy_table(results) + audit_table(results) + generation_table(results)
 
 def markdown(results):
     """results.md: accuracies by every kind of score, flips, Kendall's tau, RM-Bench by domain."""
     columns, models, longer = columns_of(results), results["models"], results["longer_wins"]
     text = "Ranking accuracy in % with its 95 % interval, by three scores of a response.\n\n"
-    text += accuracy_table(results)
+    text += main_tables(results)
     flipped = [m for m, kinds in models.items() if "implicit" in kinds]  # all but the reference
     if flipped:
         text += (f"\nFlips since {results['ref']}, by average: + wrong to right, - right to wrong, "
@@ -318,7 +316,7 @@ def markdown(results):
         if missing and len(missing) < len(OFFICIAL_DOMAINS):
             text += (f"\n{', '.join(missing)} absent: a mean over {len(domains)} domains, not "
                      "comparable to published RM-Bench numbers.\n")
-    return text + audit_table(results) + generation_table(results)
+    return text
 
 # ------------------------------------------------------------------------------------------ main
 
@@ -368,9 +366,8 @@ def main(args):
     make = begin(args.out, args, [args.data, *paths, *filter(None, [args.prompts])], redo=True)
     if make is None:
         results = json.loads((Path(args.out) / "results.json").read_text())
-        return print0(f"{report(results)}\n{args.out} is complete; more in {args.out}/results.md")
-    chosen = [data.select(range(min(args.generate, len(data)))) for data in sets.values()]
-    rows = [row for data in chosen for row in data]
+        return print0(f"{main_tables(results)}\n{args.out} is complete; more in {args.out}/results.md")
+    rows = [row for d in sets.values() for row in d.select(range(min(args.generate, len(d))))]
     prompts, sums = [row["prompt"] for row in rows], {}
     samples = {p: generate(p, prompts, args, device, f"{names[p]}: samples") for p in paths if rows}
     answers = {p: answer(p, names[p], args, device) for p in paths if args.prompts}
@@ -397,9 +394,8 @@ def main(args):
         longer_wins={s: measure(data, lengths[s]) for s, data in sets.items()},
         audit={names[path]: audit(path) for path in paths},
         versions=dict(torch=torch.__version__, transformers=transformers.__version__))
-    out = make()
+    out, ref_rewards = make(), None
     shutil.rmtree(out / "scores", ignore_errors=True)
-    ref_rewards = None
     for path in paths:
         kinds, base = dict(average=average[path], sum=sums[path]), {}
         if args.ref and path != args.ref:
@@ -421,7 +417,7 @@ def main(args):
     (out / "results.md").write_text(markdown(results))
     shutil.rmtree(args.out, ignore_errors=True)
     os.replace(out, args.out)
-    print(f"\n{report(results)}\nmore: {args.out}/results.md")
+    print(f"\n{main_tables(results)}\nmore: {args.out}/results.md")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

@@ -188,7 +188,7 @@ if [ -z "${SEEDS:-}" ]; then
 else
   tables=evaluation && [ "$WHAT" = compare ] || tables=$WHAT
   for seed in $SEEDS; do chain "$OUT/seed-$seed" "$seed"; done
-  "$PYTHON" evaluate.py --summary $(printf "$OUT/seed-%s/$tables " $SEEDS) --out "$OUT/$tables"
+  [ "$(wc -w <<< "$SEEDS")" -lt 2 ] || "$PYTHON" evaluate.py --summary $(printf "$OUT/seed-%s/$tables " $SEEDS) --out "$OUT/$tables"
 fi
 if [ "$WHAT" = noise ] && [ "$PREF_DATA" = toy:prefs ]; then # a world for each further level of label noise
   for level in 0.1 0.2 0.3; do
