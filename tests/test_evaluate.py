@@ -9,13 +9,14 @@ import json
 import math
 import random
 import shutil
+from argparse import Namespace
 from collections import Counter
 
 import datasets
 import pytest
 import torch
 import transformers
-from conftest import plain_model, reference_logp, run_here
+from conftest import plain_model, process_group, reference_logp, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -294,3 +295,88 @@ def test_bad_paths_are_one_line_and_leave_nothing(world, model, data):
     with pytest.raises(SystemExit) as error:
         run_here("evaluate.py", world / model, "--data", world / data, "--out", world / "bad")
     assert isinstance(error.value.code, str) and "\n" not in error.value.code and not list(world.glob("bad*"))
+
+
+# ------------------------------------------------------------------------------------------------- samples, answers, seeds
+
+
+def options(**kwargs):
+    return Namespace(**dict(dict(temperature=0.0, seed=0, max_new_tokens=12), **kwargs))
+
+
+def test_greedy_responses_are_those_of_one_prompt_at_a_time(models):
+    """Left padding changes nothing, a stop token ends a response and is kept; the argmax by a plain forward of each prefix."""
+    rng = random.Random(5)
+    prompts = [[1, *(rng.randrange(6, 300) for _ in range(rng.randint(1, 9)))] for _ in range(70)]  # two batches
+    with process_group():
+        found = E.generate(str(models["llama"]), prompts, options(), torch.device("cpu"), "")
+    lm, ended = plain_model(models["llama"]), 0
+    for prompt, (ids, end) in list(zip(prompts, found))[::6]:
+        expected = []
+        while len(expected) < 12 and 5 not in expected:  # 5: eos_token_id of the model
+            with torch.no_grad():
+                expected.append(lm(input_ids=torch.tensor([prompt + expected])).logits[0, -1].argmax().item())
+        assert ids == expected and end == (expected[-1] == 5)
+    assert all(5 not in ids[:-1] and len(ids) <= 12 and end == (ids[-1] == 5) for ids, end in found)
+
+
+def test_samples_have_the_seed_and_the_distribution_of_the_model(models):
+    """Of 512 first tokens after one prompt, the share of the likeliest one is its probability; another seed, other samples."""
+    draw = lambda seed: E.generate(str(models["llama"]), [[1, 9, 8]] * 512, options(temperature=1.0, seed=seed, max_new_tokens=1),
+                                          torch.device("cpu"), "")
+    with process_group():
+        first, again, other = draw(0), draw(0), draw(1)
+    assert first == again != other
+    with torch.no_grad():
+        p = plain_model(models["llama"])(input_ids=torch.tensor([[1, 9, 8]])).logits[0, -1].softmax(-1)
+    top = p.argmax().item()
+    share = sum(ids == [top] for ids, _ in first + other) / 1024
+    assert abs(share - p[top].item()) < 4 * math.sqrt(p[top] * (1 - p[top]) / 1024)
+
+
+def test_numbers_of_samples_by_hand(tokenizer):
+    tok = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    encode = lambda text: tok(text, add_special_tokens=False).input_ids
+    meta = json.dumps(dict(task="reverse", answer=[2, 1]))
+    rows = [dict(id="a", meta=meta), dict(id="b", meta=meta)]
+    samples = [(encode("It is: 2 1"), True), (encode("It is: 2 3"), False)]  # true rewards 2 and 1/2
+    out, rewards, lines = E.judge_samples(tok, rows, samples, [[-3.0], [-4.0]], [[-5.0], [-4.5]], [2.0, 1.0])
+    assert rewards == [2.0, 0.5] and [line["text"] for line in lines] == ["It is: 2 1", "It is: 2 3"]
+    assert out["kl"] == pytest.approx((2 + 0.5) / 2) and out["reward"] == 1.25 and out["win"] == 0.25 and out["ended"] == 0.5
+    assert out["tokens"] == (len(samples[0][0]) + len(samples[1][0])) / 2
+    assert E.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 - 4 / 5) and E.repetition([1, 1, 1]) == 0
+
+
+def test_instructions_are_answered_as_alpaca_eval_reads_them(models, data, tmp_path):
+    (tmp_path / "set.json").write_text(json.dumps([dict(instruction="the cat", dataset="x"), dict(instruction="sat on")]))
+    run_here("evaluate.py", models["llama"], "--ref", models["qwen2"], "--data", data / "eval", "--out", tmp_path / "o", "--prompts",
+             tmp_path / "set.json", "--generate", 2, "--max-new-tokens", 5)
+    name = models["llama"].name
+    answers = json.loads((tmp_path / "o" / f"answers-{name}.json").read_text())
+    assert [(a["instruction"], a["generator"], a.get("dataset")) for a in answers] == [("the cat", name, "x"), ("sat on", name, None)]
+    assert all(isinstance(a["output"], str) for a in answers)
+    numbers = json.loads((tmp_path / "o/results.json").read_text())["generation"]
+    assert numbers[models["qwen2"].name]["kl"] == 0 and "reward" not in numbers[name]
+    samples = json.loads((tmp_path / "o" / f"samples-{name}.json").read_text())
+    assert len(samples) == 2 and numbers[name]["tokens"] <= 5
+
+
+def test_summary_over_seeds_by_hand(tmp_path):
+    """Two seeds, dpo 60 and 64, amapo 70 and 80: means 62 and 75, deviations 2.83 and 7.07; amapo - dpo = 10, 16: 13 +- 12.706 * 3."""
+    for k, (a, b) in enumerate(((0.6, 0.7), (0.64, 0.8))):
+        cell = lambda p: dict(average=dict(ID={"": dict(accuracy=p)}))
+        results = dict(ref="sft", kinds=["average"], sets=dict(ID=False), models=dict(sft=cell(0.5), dpo=cell(a), amapo=cell(b)))
+        (tmp_path / str(k)).mkdir()
+        (tmp_path / str(k) / "results.json").write_text(json.dumps(results))
+    run_here("evaluate.py", "--summary", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "o")
+    lines = (tmp_path / "o/summary.md").read_text().splitlines()
+    assert "| dpo | average | 62.0 (2.8) |" in lines and "| amapo | average | 75.0 (7.1) |" in lines
+    assert "| amapo | average | +13.0 ± 38.1 |" in lines and "| amapo | average | +25.0 ± 63.5 |" in lines
+    assert "| sft | average | -12.0 ± 25.4 |" in lines
+
+
+def test_audit_reads_the_first_and_the_last_third(tmp_path):
+    line = lambda x: {f"{a}_{b}": x for a in ("pairs", "grad") for b in ("misranked", "barely", "well")}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line(x)) + "\n" for x in (1, 2, 3, 4, 5, 6, 7)))
+    first, last = E.audit(tmp_path)  # thirds of 7 steps have 3
+    assert first["grad_well"] == 2 and last["pairs_misranked"] == 6 and E.audit(tmp_path / "none") is None

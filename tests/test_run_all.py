@@ -1,0 +1,80 @@
+"""run_all.sh without its stages: PYTHON is a program that writes down its arguments, so the chain is checked in a second.
+
+    python -m pytest tests/test_run_all.py
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAKE = """#!/usr/bin/env bash
+case "$*" in *align.LOSSES*) echo dpo simpo madpo mine; exit ;; esac
+echo "$*" >> "$LOG"
+"""
+
+
+@pytest.fixture
+def run_all(tmp_path):
+    """run_all(word, VARIABLE=value, ...): (exit code, commands of the stages, stderr)."""
+    (tmp_path / "python").write_text(FAKE)
+    (tmp_path / "python").chmod(0o755)
+
+    def run(*words, **variables):
+        log = tmp_path / "log"
+        log.write_text("")
+        clean = {k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ}
+        done = subprocess.run(["bash", ROOT / "run_all.sh", *words], capture_output=True, text=True,
+                              env=clean | dict(PYTHON=str(tmp_path / "python"), LOG=str(log), OUT="o") | variables)
+        lines = [line for line in log.read_text().splitlines() if not line.startswith("-c import torch")]
+        return done.returncode, lines, done.stderr
+
+    return run
+
+
+def test_the_default_chain(run_all):
+    code, lines, _ = run_all()
+    assert code == 0 and [line.split()[0] for line in lines] == ["prepare_data.py", "sft.py", "align.py", "align.py", "align.py", "evaluate.py"]
+    assert "--model toy --sft toy:sft --prefs toy:prefs" in lines[0] and "--out o/data" in lines[0]
+    assert "--loss simpo --model o/sft --data o/data/train --out o/simpo --lr 3e-4 --batch-size 64 --hp beta=2.0 --hp gamma=1.0" in lines[3]
+    assert lines[-1].startswith("evaluate.py o/sft o/dpo o/simpo o/amapo --ref o/sft --data o/data/eval --out o/evaluation")
+
+
+def test_changed_hyper_parameters_seeds_and_the_summary(run_all):
+    code, lines, _ = run_all(LOSSES="amapo@group=8,lr=1e-4 simpo@gamma=0", SEEDS="3 5")
+    assert code == 0 and len(lines) == 2 * 5 + 1
+    assert "--loss amapo --model o/seed-3/sft" in lines[2] and "--out o/seed-3/amapo@group=8,lr=1e-4" in lines[2]
+    assert lines[2].endswith("--hp beta=2.5 --hp group=8 --lr 1e-4 --seed 3") and lines[3].endswith("--hp gamma=0 --seed 3")
+    assert lines[5].endswith("--seed 5 --out o/seed-5/data")
+    assert lines[-1] == "evaluate.py --summary o/seed-3/evaluation o/seed-5/evaluation --out o/evaluation"
+
+
+def test_an_experiment_has_its_losses_its_tables_and_three_seeds(run_all):
+    code, lines, _ = run_all("frontier")
+    assert code == 0 and len([line for line in lines if "--out o/seed-1/" in line and "align.py" in line]) == 8
+    assert lines[-2].endswith("--data o/seed-2/data/eval --out o/seed-2/frontier --generate 100 --max-new-tokens 64")
+    assert lines[-1] == "evaluate.py --summary o/seed-0/frontier o/seed-1/frontier o/seed-2/frontier --out o/frontier"
+
+
+def test_every_loss_madpo_with_its_reward_model(run_all):
+    code, lines, _ = run_all("losses", SEEDS="0")
+    losses = [line.split()[2] for line in lines if line.startswith("align.py")]
+    assert code == 0 and losses == ["dpo", "simpo", "reward", "madpo", "mine"]
+    assert lines[5].endswith("--margins o/seed-0/reward/margins.json")
+
+
+def test_label_noise_makes_worlds_of_their_own(run_all):
+    code, lines, _ = run_all("noise", SEEDS="0")
+    sources = [line.split("--prefs ")[1].split()[0] for line in lines if line.startswith("prepare_data.py")]
+    assert code == 0 and sources == ["toy:prefs", *(f"toy:prefs+noise={x}" for x in (0.1, 0.2, 0.3))]
+
+
+def test_real_settings_and_wrong_words(run_all):
+    code, lines, _ = run_all(SETTING="llama3-instruct", LOSSES="amapo")
+    assert code == 0 and not [line for line in lines if line.startswith("sft.py")]
+    assert "--loss amapo --model meta-llama/Meta-Llama-3-8B-Instruct" in lines[1] and "--lr 1e-6 --hp beta=3.0" in lines[1]
+    assert run_all("nonsense")[0] == 2 and run_all(SETTING="nonsense")[0] == 2 and run_all(SETTING="custom")[0] == 2
+    code, lines, _ = run_all(MODEL="m", PREF_DATA="p.jsonl", EVAL_DATA="ID=e.jsonl", NPROC="2", TORCHRUN="--nnodes 2 --node-rank 0")
+    assert code == 0 and lines[1].startswith("-m torch.distributed.run --nproc-per-node 2 --nnodes 2 --node-rank 0 align.py --loss dpo --model m")
