@@ -367,6 +367,8 @@ def configure(name, settings):
     if name not in LOSSES:
         raise ValueError(f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
     parameters = inspect.signature(LOSSES[name]).parameters.items()
+    if unknown := set(wants(LOSSES[name])) - {*"pi ref pi_head ref_head kl gap state".split()}:
+        raise ValueError(f"--loss {name}: the loop has no {unknown}; hyper-parameters come after `*`")
     hp = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY}
     for setting in settings:
         key, _, value = setting.partition("=")

@@ -16,10 +16,9 @@ richer style), Normal of the diagonal, Hard of the upper triangle; domains count
         --out runs/evaluation                                  # toy world, 2 cores: 20 seconds
     python evaluate.py --summary runs/seed-*/evaluation --out runs/summary      # over seeds
 
-Writes OUT/results.json, OUT/results.md and OUT/scores/MODEL/SET.json: rows with `average`, `sum`,
-`implicit` of each response, and for RM-Bench `score_chosen`, `score_rejected`, as its own
-compute_accuracy reads them. --generate N samples a response of each model to N prompts of each set
-(samples-MODEL.json); --prompts FILE answers instructions as AlpacaEval has it (answers-MODEL.json).
+Writes OUT/results.json, results.md and scores/MODEL/SET.json: rows with `average`, `sum`, `implicit`
+of each response, and for RM-Bench what its own compute_accuracy reads. --generate N samples
+responses to N prompts of each set (samples-MODEL.json); --prompts FILE: see answer.
 """
 
 import argparse

@@ -1,5 +1,4 @@
-"""Text -> token ids on disk. Owns text: sources, chat templates, tokens, the toy world;
-and the order of rows.
+"""Text -> token ids on disk. Owns text: sources, chat templates, tokens, the toy world; row order.
 
 Every data set becomes a `datasets` folder of rows, a prompt with n scored responses each:
 
@@ -12,8 +11,8 @@ holds the one BOS (if the model has one) and the generation prompt, a response o
     python prepare_data.py --model toy --out runs/data       # the toy world with all its sets: 40 s
     python prepare_data.py --model DIR --sft a.jsonl --prefs b.jsonl --eval ID=c.jsonl --out D
 
-A source is `toy:SPLIT` (toy:prefs+noise=0.2 flips labels), a hub id (or id:split), a .json / .jsonl / .jsonl.gz / .parquet file, a
-folder of those, or a `datasets` folder; commas join several. Rows are told apart by their keys:
+A source is toy:SPLIT[+noise=0.2], a hub id (or id:split), a .json / .jsonl / .jsonl.gz / .parquet
+file, a folder of those, or a `datasets` folder; commas join several. Rows are told apart by keys:
 
     {prompt, completion}  {messages}        demonstrations, one for each assistant turn
     {prompt, chosen, rejected}              a pair: strings, or message lists

@@ -278,3 +278,9 @@ def test_pairs_of_a_scored_list():
     assert sorted(draw_pairs(scores, "all", 0.0)) == [(0, 1, 0), (0, 1, 2), (0, 2, 0), (0, 3, 0), (0, 3, 2), (2, 1, 0)]
     assert draw_pairs(scores, "best-worst", 0.0) == [(0, 1, 0), (2, 1, 0)]
     assert draw_pairs(scores, "best-worst", 0.5) == [(0, 1, 0)]
+
+
+def test_a_loss_that_wants_what_the_loop_has_not_is_refused(monkeypatch):
+    monkeypatch.setitem(LOSSES, "mine", lambda pi, beta=0.1: pi.w)  # without the star
+    with pytest.raises(ValueError, match="no {'beta'}; hyper-parameters come after"):
+        configure("mine", [])
