@@ -43,12 +43,14 @@ llama3-instruct  | meta-llama/Meta-Llama-3-8B-Instruct | none | princeton-nlp/ll
 custom           | MODEL                               | none       | PREF_DATA       | 2048
 "
 # setting, stage: its arguments. dpo and simpo as SimPO's repository tuned them (gamma is beta times
-# its gamma_beta_ratio), amapo as its own did. A loss without a row gets `other`, or the defaults.
+# its gamma_beta_ratio), amapo as its own did; toy: see README. A loss without a row gets `other`.
 RECIPES="
 toy              sft    --lr 3e-3 --batch-size 64
-toy              dpo    --lr 3e-4 --batch-size 64 --hp beta=0.1
+toy              dpo    --lr 3e-4 --batch-size 64 --hp beta=0.3
 toy              simpo  --lr 3e-4 --batch-size 64 --hp beta=2.0 --hp gamma=1.0
-toy              amapo  --lr 3e-4 --batch-size 64 --hp beta=2.5
+toy              amapo  --lr 1e-4 --batch-size 64 --hp beta=10
+toy              alphadpo --lr 1e-4 --batch-size 64 --hp beta=2
+toy              madpo  --lr 3e-4 --batch-size 64 --hp beta=0.3
 toy              other  --lr 3e-4 --batch-size 64
 mistral-base     sft    --lr 2e-5
 mistral-base     dpo    --lr 5e-7 --hp beta=0.01
@@ -71,13 +73,13 @@ EXPERIMENTS="
 compare    dpo simpo amapo                                                             |
 losses     EVERY                                                                       |
 ablation   dpo simpo@gamma=0 amapo amapo@form=paper amapo@znorm=false amapo@exp=false amapo@clip=false amapo@znorm=false,exp=false |
-beta       dpo simpo@gamma=0 amapo@beta=1 amapo@beta=2 amapo@beta=2.5 amapo@beta=3 amapo@beta=5 amapo@beta=10 |
+beta       dpo simpo@gamma=0 amapo@beta=1 amapo@beta=2 amapo@beta=2.5 amapo@beta=3 amapo@beta=5 amapo |
 batch      dpo simpo@gamma=0 amapo@batch-size=16 amapo@batch-size=32 amapo amapo@batch-size=128 amapo@group=4 amapo@group=8 |
-alpha      dpo simpo@gamma=0 simpo alphadpo@alpha=0 alphadpo@alpha=0.05 alphadpo@alpha=0.1 alphadpo@alpha=0.2 alphadpo@alpha=0.3 amapo | --generate 100 --max-new-tokens 64
+alpha      dpo simpo@gamma=0 simpo alphadpo@alpha=0 alphadpo alphadpo@alpha=0.1 alphadpo@alpha=0.2 alphadpo@alpha=0.3 amapo | --generate 100 --max-new-tokens 64
 audit      dpo ipo simpo@gamma=0 simpo alphadpo betadpo amapo                           |
 noise      dpo robust simpo@gamma=0 simpo amapo                                        |
 perplexity dpo simpo@gamma=0 simper amapo amapo@exp=false                              | --generate 100 --max-new-tokens 64
-frontier   dpo dpo@beta=0.3 dpo@beta=0.03 simpo@gamma=0 simpo simpo@beta=10 amapo amapo@beta=10 | --generate 100 --max-new-tokens 64
+frontier   dpo dpo@beta=0.3 dpo@beta=0.03 simpo@gamma=0 simpo simpo@beta=10 amapo amapo@beta=2.5 | --generate 100 --max-new-tokens 64
 "
 
 # --------------------------------------------------------------------------------- environment

@@ -43,10 +43,10 @@ def test_the_default_chain(run_all):
 
 
 def test_changed_hyper_parameters_seeds_and_the_summary(run_all):
-    code, lines, _ = run_all(LOSSES="amapo@group=8,lr=1e-4 simpo@gamma=0", SEEDS="3 5")
+    code, lines, _ = run_all(LOSSES="amapo@group=8,lr=1e-5 simpo@gamma=0", SEEDS="3 5")
     assert code == 0 and len(lines) == 2 * 5 + 1
-    assert "--loss amapo --model o/seed-3/sft" in lines[2] and "--out o/seed-3/amapo@group=8,lr=1e-4" in lines[2]
-    assert lines[2].endswith("--hp beta=2.5 --hp group=8 --lr 1e-4 --seed 3") and lines[3].endswith("--hp gamma=0 --seed 3")
+    assert "--loss amapo --model o/seed-3/sft" in lines[2] and "--out o/seed-3/amapo@group=8,lr=1e-5" in lines[2]
+    assert lines[2].endswith("--hp beta=10 --hp group=8 --lr 1e-5 --seed 3") and lines[3].endswith("--hp gamma=0 --seed 3")
     assert lines[5].endswith("--seed 5 --out o/seed-5/data")
     assert lines[-1] == "evaluate.py --summary o/seed-3/evaluation o/seed-5/evaluation --out o/evaluation"
 
