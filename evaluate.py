@@ -257,12 +257,12 @@ def generation_table(results):
 
 def summary(files):
     """Markdown of several results.json, one for each seed: mean and deviation over seeds, then the
-    paired differences from the reference and from dpo with Student's 95 % interval."""
+    paired differences from the reference, dpo and simpo with Student's 95 % interval."""
     runs = [json.loads(Path(f).read_text()) for f in files]
     columns, first = columns_of(runs[0]), runs[0]["models"]
     value = lambda run, m, kind, s, c: 100 * run["models"][m][kind][s][c]["accuracy"]
     text = f"{len(runs)} seeds: mean (standard deviation) of accuracy in %.\n\n"
-    for base in [None, *(m for m in (runs[0]["ref"], "dpo") if m in first)]:
+    for base in [None, *(m for m in (runs[0]["ref"], "dpo", "simpo", "simpo@gamma=0") if m in first)]:
         lines = []
         for kind in runs[0]["kinds"]:
             for m in (m for m in first if kind in first[m] and m != base):
