@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import tqdm
 
 from prepare_data import batch_indices, fingerprint, load_rows, run
-from sft import (learning_rate, load_checkpoint, memory_gib, metrics_log, on_rank0, plan, print0,
+from sft import (learning_rate, load_checkpoint, metrics_log, on_rank0, plan, print0,
                  save_checkpoint, save_model, score, start, trainer_arguments, update)
 
 # ---------------------------------------------------------------------------------------- losses
@@ -367,15 +367,17 @@ def configure(name, settings):
     if name not in LOSSES:
         raise ValueError(f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
     parameters = inspect.signature(LOSSES[name]).parameters.items()
-    if unknown := set(wants(LOSSES[name])) - {*"pi ref pi_head ref_head kl gap state".split()}:
-        raise ValueError(f"--loss {name}: the loop has no {unknown}; hyper-parameters come after `*`")
+    known = "pi ref pi_head ref_head kl gap" + " state" * LOSSES[name].batch
+    if unknown := set(wants(LOSSES[name])) - {*known.split()}:
+        raise ValueError(f"--loss {name}: the loop has no {unknown} for it; hyper-parameters come "
+                         "after `*`, and `state` is for @loss(batch=True)")
     hp = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in hp:
             known = ", ".join(f"{k}={v}" for k, v in hp.items()) or "none"
             raise ValueError(f"--hp {setting}: {name} has no {key}; its hyper-parameters: {known}")
-        kind = type(hp[key])
+        kind = float if type(hp[key]) is int and "." in value else type(hp[key])
         try:
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
@@ -388,15 +390,13 @@ def wants(function):
     return [k for k, p in parameters if p.kind is not p.KEYWORD_ONLY]
 
 def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
-    """(losses (g,), new state) of the pairs at the positions `here` of the global batch.
-
-    leaf (K, g): their log-probs, columns as in `fetch`.  lengths (K, G), ref (K, G) or None, gap
-    (G,): of the whole batch.  sft_weight: of -w / nw, added.
-    """
+    """(losses (g,), new state) of the pairs at the positions `here` of the global batch. leaf (K, g):
+    their log-probs, columns as in `fetch`; lengths, ref (K, G), gap (G,): of the whole batch."""
     n, ref = lengths[:, here], torch.zeros_like(leaf) if ref is None else ref[:, here]
+    head = slice(2, 4) if len(leaf) > 3 else slice(0, 2)
     supply = dict(
         pi=Logps(*leaf[:2], *n[:2]), ref=Logps(*ref[:2], *n[:2]), gap=gap[here], state=state,
-        pi_head=Logps(*leaf[-2:], *n[-2:]), ref_head=Logps(*ref[-2:], *n[-2:]),
+        pi_head=Logps(*leaf[head], *n[head]), ref_head=Logps(*ref[head], *n[head]),
         kl=(leaf[-1] - ref[-1]).detach())
     out = function(*(supply[k] for k in wants(function)), **hp)
     values, state = out if isinstance(out, tuple) else (out, {})
@@ -417,7 +417,7 @@ def fetch(data, pairs, index, supply):
     """The pairs at `index` as rows of the scorer, [(prompt, K responses)]; their ids; gaps (G,).
 
     K = 2, chosen and rejected. Where a loss wants more, it is more responses to the same prompt:
-    for kl the chosen one of the next pair, for pi_head both, cut to the shorter one's length.
+    for heads both, cut to the shorter one's length, for kl, last, the next pair's chosen one.
     """
     after = [(i + 1) % len(pairs) for i in index] if "kl" in supply else []
     batch = data[[pairs[i][0] for i in [*index, *after]]]
@@ -426,26 +426,22 @@ def fetch(data, pairs, index, supply):
         _, w, l = pairs[i]
         rows.append((batch["prompt"][k], [responses[k][w], responses[k][l]]))
         gaps.append(scores[k][w] - scores[k][l])
+        if {"pi_head", "ref_head"} & {*supply}:
+            rows[k][1].extend([r[: min(map(len, rows[k][1]))] for r in rows[k][1]])
         if after:
             rows[k][1].append(responses[len(index) + k][pairs[after[k]][1]])
-        if "pi_head" in supply:
-            rows[k][1].extend([r[: min(map(len, rows[k][1]))] for r in rows[k][1]])
     return rows, batch["id"][: len(index)], torch.tensor(gaps, dtype=torch.float64)
 
 def gather(outs, mine, shape, device):
-    """Log-probs in data order, of shape (K, G), the same on every rank.
-
-    outs: this rank's, of the K responses of the pairs at the positions `mine`. Each rank writes its
-    own into zeros; the sum over ranks is exact. float64, because G numbers are free.
-    """
+    """Log-probs (K, G) in data order, the same on every rank. outs: this rank's, of the pairs at the
+    positions `mine`, which it writes into zeros; the sum over ranks is exact, and float64 free."""
     full = torch.zeros(shape, dtype=torch.float64, device=device)
     full[:, mine] = torch.cat(outs).detach().double().view(-1, shape[0]).T
     dist.all_reduce(full)
     return full
 
 def score_pairs(scorer, data, pairs, supply, args, device, desc, steps=math.inf):
-    """(K, P) log-probs of the pairs, in the very micro-batches of training; columns of `fetch`. Of
-    the first `steps` global batches only; the others are nan."""
+    """(K, P) log-probs of the pairs of the first `steps` batches, just as in training; else nan."""
     steps, scores = min(steps, math.ceil(len(pairs) / args.batch_size)), None
     for step in tqdm.trange(steps, desc=desc, unit="step", disable=dist.get_rank() > 0):
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
@@ -460,7 +456,7 @@ def score_pairs(scorer, data, pairs, supply, args, device, desc, steps=math.inf)
 
 def reference_scores(scorer, data, pairs, supply, args, device, steps):
     """score_pairs before step 0; cached beside the data, so losses that share a start share it."""
-    key = [fingerprint(args.model), fingerprint(args.data), "kl" in supply, "pi_head" in supply,
+    key = [fingerprint(args.model), fingerprint(args.data), "kl" in supply, "head" in str(supply),
            min(steps, -(-len(pairs) // args.batch_size)), args.pairs, args.min_gap, args.batch_size,
            args.seed, args.tokens_per_forward, dist.get_world_size(), device.type, torch.__version__]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -551,7 +547,8 @@ def main(args):
     if not pairs:
         raise ValueError(f"{args.data}: no row has two scores that differ, by --min-gap at least")
     margins = read_margins(args, len(pairs)) if args.margins else None
-    ready = start(args, reward=args.loss == "reward")
+    source = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    ready = start(args, reward=args.loss == "reward", hp=hp, source=source)
     if ready is None:
         return
     device, data, tok, scorer, optimizer, partial = ready
@@ -559,7 +556,7 @@ def main(args):
     print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} a step "
            f"= {steps} steps, on {dist.get_world_size()} {device.type} process(es)")
     reference = None
-    if "ref" in supply:
+    if {"ref", "ref_head", "kl"} & {*supply}:
         reference = reference_scores(scorer, data, pairs, supply, args, device, steps)
     first, state = load_checkpoint(partial, scorer, optimizer)
     with metrics_log(partial, first, steps, args.loss) as (log, origin):
@@ -584,8 +581,8 @@ def main(args):
             origin = origin or metrics
             metrics |= {f"d{k}": metrics[k] - origin[k] for k in ("logp_chosen", "logp_rejected")}
             seconds = time.perf_counter() - began
-            tokens = sum(len(p) + len(r) for p, rs in rows for r in rs)
-            log(dict(step=step + 1, lr=lr, grad_norm=norm, **metrics, memory_gib=memory_gib(device),
+            tokens = sum(len(p) + sum(map(len, rs)) for p, rs in rows)
+            log(dict(step=step + 1, lr=lr, grad_norm=norm, **metrics,
                      pairs_per_s=len(rows) / seconds, tokens_per_s=tokens / seconds))
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
                 save_checkpoint(partial, step + 1, scorer, optimizer, state)

@@ -35,7 +35,7 @@ import transformers
 
 from prepare_data import (TASKS, begin, decode, encode_prompt, load_rows, load_tokenizer, run,
                           true_reward)
-from sft import load_config, load_model, plan, print0, score, setup
+from sft import check_vocabulary, load_model, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------------------- scores
 
@@ -349,6 +349,8 @@ def write_scores(folder, data, kinds, lengths):
 
 def main(args):
     if args.summary:
+        if len(args.summary) < 2:
+            raise ValueError("--summary wants the results of at least two seeds")
         text = summary([Path(f) / "results.json" for f in args.summary])
         Path(args.out).mkdir(parents=True, exist_ok=True)
         (Path(args.out) / "summary.md").write_text(text)
@@ -358,7 +360,7 @@ def main(args):
     device, sets = setup(), find_sets(Path(args.data))
     paths = list(dict.fromkeys([*([args.ref] if args.ref else []), *args.models]))
     for path in paths:
-        load_config(path)  # a bad one fails here, before anything is scored
+        check_vocabulary(args.data, path)  # a bad one fails here, before anything is scored
     short = [Path(p).name for p in paths]
     names = {p: n if short.count(n) == 1 else p.strip("/").replace("/", "_")
              for p, n in zip(paths, short)}

@@ -4,9 +4,7 @@
 #                          no hub: 2 to 5 minutes after installation
 #   bash run_all.sh test   the tests;   bash run_all.sh soak   the long ones too
 #   bash run_all.sh NAME   an experiment of the table below, over SEEDS
-#
 # What is complete is skipped, what was interrupted resumes. Everything is set by environment variables:
-#
 #   SETTING    a row of the table below: toy (the default), mistral-base, mistral-instruct,
 #              llama3-base, llama3-instruct; or custom (the default if MODEL is given)
 #   MODEL      hub id or folder to start from
@@ -97,6 +95,7 @@ install() { # requirements files into .venv, again when they change; a given PYT
   fi
 }
 
+die() { echo "run_all.sh: $*" >&2; exit 2; }
 WHAT=${1:-compare}
 case $WHAT in
   test|soak)
@@ -104,10 +103,7 @@ case $WHAT in
     select="not soak"; [ "$WHAT" = test ] || select=""
     exec "$PYTHON" -m pytest tests -q --durations 5 -m "$select" ;;
   *) line=$(awk -v w="$WHAT" '$1 == w { sub(/^ *[^ ]+/, ""); print }' <<< "$EXPERIMENTS")
-    if [ -z "$line" ]; then
-      echo "run_all.sh: $WHAT: wanted test, soak or$(awk '/[|]/ { printf " %s", $1 }' <<< "$EXPERIMENTS")" >&2
-      exit 2
-    fi
+    [ -n "$line" ] || die "$WHAT: wanted test, soak or$(awk '/[|]/ { printf " %s", $1 }' <<< "$EXPERIMENTS")"
     install requirements.txt ;;
 esac
 [ "$WHAT" = compare ] || SEEDS=${SEEDS:-0 1 2}
@@ -116,23 +112,26 @@ esac
 [ -z "${MODEL:-}" ] || SETTING=${SETTING:-custom}
 SETTING=${SETTING:-toy}
 row=$(awk -F' *[|] *' -v s="$SETTING" '{ sub(/ +$/, "", $1) } $1 == s' <<< "$SETTINGS")
-if [ -z "$row" ]; then
-  echo "run_all.sh: SETTING=$SETTING: wanted$(awk '/[|]/ { printf " %s", $1 }' <<< "$SETTINGS")" >&2
-  exit 2
-fi
-if [ "$SETTING" = custom ] && [ -z "${MODEL:-}" -o -z "${PREF_DATA:-}" -o -z "${EVAL_DATA:-}" ]; then
-  echo "run_all.sh: your own run needs MODEL, PREF_DATA and EVAL_DATA" >&2
-  exit 2
-fi
+[ -n "$row" ] || die "SETTING=$SETTING: wanted$(awk '/[|]/ { printf " %s", $1 }' <<< "$SETTINGS")"
+[ "$SETTING" != custom ] || [ -n "${MODEL:-}" -a -n "${PREF_DATA:-}" -a -n "${EVAL_DATA:-}" ] ||
+  die "your own run needs MODEL, PREF_DATA and EVAL_DATA"
 IFS='|' read -r _ model sft_data pref_data length <<< "$(tr -d ' ' <<< "$row")"
 MODEL=${MODEL:-$model} SFT_DATA=${SFT_DATA:-$sft_data} PREF_DATA=${PREF_DATA:-$pref_data}
 OUT=${OUT:-runs/$SETTING} MAX_LENGTH=${MAX_LENGTH:-$length}
 [ "$MODEL" = toy ] || EVAL_DATA=${EVAL_DATA:-$EVALS}
 LOSSES=${LOSSES:-${line%|*}} SEED=${SEED:-0}
-[ "$(tr -d ' ' <<< "$LOSSES")" != EVERY ] || LOSSES=$("$PYTHON" -c 'import align; print(*(k for k in align.LOSSES if k != "reward"))')
-recipe() { # the arguments of a stage in this setting, or those called `other`; then the changes of STAGE@K=V,...
+LOSSES=$("$PYTHON" -c 'import sys, align
+names, flags = sys.argv[1:], "lr batch-size epochs pairs min-gap sft-weight".split()
+names = names if names != ["EVERY"] else [k for k in align.LOSSES if k != "reward"]
+try: [align.configure(name, [c for c in changes.split(",") if c and c.split("=")[0] not in flags])
+      for name, _, changes in (name.partition("@") for name in names)]
+except ValueError as error: sys.exit(f"run_all.sh: LOSSES: {error}")
+print(*names)' $LOSSES)
+recipe() { # the arguments of a stage in this setting, or those called `other`
   awk -v s="$SETTING" -v l="${1%%@*}" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }
     END { sub(/^ *[^ ]+/, "", found); print found }' <<< "$RECIPES"
+}
+changes() { # those of LOSS@K=V,...
   local pair pairs=; [[ $1 != *@* ]] || pairs=${1#*@}
   for pair in ${pairs//,/ }; do
     case $pair in
@@ -148,13 +147,14 @@ launch=("$PYTHON")
 if [ "$gpus" -gt 0 ] || [ "$NPROC" -gt 1 ] || [ -n "${TORCHRUN:-}" ]; then
   launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" ${TORCHRUN:---standalone})
 fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores = $(getconf _NPROCESSORS_ONLN) / NPROC) > 0 ? cores : 1))}
 export TOKENIZERS_PARALLELISM=false PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 say() { printf '\n[%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 align() { # NAME [ARGUMENT ...]: OUT/NAME from OUT/sft
   say "align: $OUT/$1"
   "${launch[@]}" align.py --loss "${1%%@*}" --model "$SFT" --data "$OUT/data/train" \
-    --out "$OUT/$1" $(recipe "$1") --seed "$SEED" ${ALIGN_ARGS:-} "${@:2}"
+    --out "$OUT/$1" $(recipe "$1") --seed "$SEED" ${ALIGN_ARGS:-} $(changes "$1") "${@:2}"
 }
 chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
   local OUT=$1 SEED=$2 MODEL=$MODEL SFT table=$1/evaluation loss
@@ -176,8 +176,8 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
     SFT=$OUT/sft
   fi
   for loss in $LOSSES; do
-    margins=() && [[ $loss != madpo* ]] || { align reward; margins=(--margins "$OUT/reward/margins.json"); }
-    align "$loss" "${margins[@]}"
+    [[ $loss != madpo* ]] || align reward
+    align "$loss" $([[ $loss != madpo* ]] || echo --margins "$OUT/reward/margins.json")
   done
   say "evaluate: $table"
   "${launch[@]}" evaluate.py "$SFT" $(printf "$OUT/%s " $LOSSES) --ref "$SFT" \
@@ -190,7 +190,7 @@ if [ -z "${SEEDS:-}" ]; then
 else
   tables=evaluation && [ "$WHAT" = compare ] || tables=$WHAT
   for seed in $SEEDS; do chain "$OUT/seed-$seed" "$seed"; done
-  [ "$(wc -w <<< "$SEEDS")" -lt 2 ] || "$PYTHON" evaluate.py --summary $(printf "$OUT/seed-%s/$tables " $SEEDS) --out "$OUT/$tables"
+  [ "$(wc -w <<< "$SEEDS")" -lt 2 ] || "$PYTHON" evaluate.py --summary $(printf "$OUT/seed-%s/$tables " $SEEDS) --out "$OUT/summary-$tables"
 fi
 if [ "$WHAT" = noise ] && [ "$PREF_DATA" = toy:prefs ]; then # a world for each further level of label noise
   for level in 0.1 0.2 0.3; do

@@ -16,10 +16,10 @@ import contextlib
 import json
 import math
 import os
-import resource
 import shutil
 import time
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 import torch.distributed as dist
@@ -99,8 +99,7 @@ def attend_block(q, k, v, scaling, window, softcap):
     if softcap is None and (window or length) >= length:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
-    age = torch.arange(length, device=q.device)
-    age = age[:, None] - age  # (L, L)
+    age = (place := torch.arange(length, device=q.device))[:, None] - place  # (L, L)
     seen = (age >= 0) & (age < (window or length))
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=True)
@@ -348,6 +347,8 @@ def metrics_log(partial, first, steps, name):
         file.truncate(file.tell())
 
         def log(record):
+            gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
+            record["memory_gib"] = (gpu or getrusage(RUSAGE_SELF).ru_maxrss * 1024) / 2**30
             file.write(json.dumps(record) + "\n")
             file.flush()
             shown = {k: f"{record[k]:.3g}" for k in ("loss", "lr", "accuracy") if k in record}
@@ -355,12 +356,6 @@ def metrics_log(partial, first, steps, name):
             bar.update()
 
         yield log, json.loads(lines[0]) if lines else None
-
-def memory_gib(device):
-    """Peak memory in GiB: of the GPU's allocator, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 def save_model(scorer, tok, partial, args):
     """PARTIAL -> OUT, an ordinary Hugging Face folder: weights, tokenizer with its chat template,
@@ -400,17 +395,23 @@ def save_model(scorer, tok, partial, args):
 
 # ------------------------------------------------------------------------------------------ main
 
-def start(args, reward=False):
-    """What both trainers begin with: device, rows, tokenizer, scorer, optimizer and OUT.partial;
-    None if OUT is complete. Bad arguments fail here, before anything is written."""
+def check_vocabulary(data, model):
+    """ValueError if the tokens of prepared data are not those of the model, or there is no model."""
+    size, near = load_config(model).vocab_size, [p / "tokenizer" for p in Path(data).parents[:2]]
+    files = [f / "tokenizer.json" for f in (*near, Path(model)) if (f / "tokenizer.json").exists()]
+    vocab = [json.loads(f.read_text())["model"]["vocab"] for f in files]
+    if len(vocab) > 1 and vocab[0] != vocab[-1] or vocab and len(vocab[0]) > size:
+        raise ValueError(f"{data} was prepared with another tokenizer than that of {model}")
+
+def start(args, reward=False, **also):
+    """Device, rows, tokenizer, scorer, optimizer and OUT.partial of a trainer; None if OUT is
+    complete. Bad arguments fail here. also: what makes the result, besides args."""
     device, rows = setup(), load_rows(args.data)
     if min(args.batch_size, args.tokens_per_forward, args.epochs) <= 0:
         raise ValueError("--batch-size, --tokens-per-forward and --epochs must be positive")
+    check_vocabulary(args.data, args.model)
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
-    if len(tok) > (size := load_config(args.model).vocab_size):
-        raise ValueError(f"{args.data} was prepared with another tokenizer: it has {len(tok)} "
-                         f"tokens, {args.model} has {size}")
-    make = begin(args.out, args, [args.data, args.model])
+    make = begin(args.out, argparse.Namespace(**vars(args) | also), [args.data, args.model])
     if make is None:
         return print0(f"{args.out} is complete")
     scorer = load_model(args.model, device, args.checkpoint_layers, reward)
@@ -445,7 +446,7 @@ def main(args):
             norm = update(scorer, optimizer, lr, args.clip, f"step {step + 1}: {batch['id']}")
             total, seconds = tokens + sum(len(p) for p, _ in rows), time.perf_counter() - began
             log(dict(step=step + 1, loss=loss.item(), lr=lr, grad_norm=norm, response_tokens=tokens,
-                     tokens_per_s=total / seconds, memory_gib=memory_gib(device)))
+                     tokens_per_s=total / seconds))
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
                 save_checkpoint(partial, step + 1, scorer, optimizer)
     save_model(scorer, tok, partial, args)

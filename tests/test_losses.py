@@ -281,6 +281,8 @@ def test_pairs_of_a_scored_list():
 
 
 def test_a_loss_that_wants_what_the_loop_has_not_is_refused(monkeypatch):
-    monkeypatch.setitem(LOSSES, "mine", lambda pi, beta=0.1: pi.w)  # without the star
-    with pytest.raises(ValueError, match="no {'beta'}; hyper-parameters come after"):
-        configure("mine", [])
+    for mine, word in ((lambda pi, beta=0.1: pi.w, "beta"), (lambda pi, state: (pi.w, state), "state")):  # without the star; not batch
+        mine.batch = False
+        monkeypatch.setitem(LOSSES, "mine", mine)
+        with pytest.raises(ValueError, match=f"no {{'{word}'}} for it; hyper-parameters come after"):
+            configure("mine", [])

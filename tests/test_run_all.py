@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FAKE = """#!/usr/bin/env bash
-case "$*" in *align.LOSSES*) echo dpo simpo madpo mine; exit ;; esac
+case "$*" in *EVERY) echo dpo simpo madpo mine; exit ;; *align.LOSSES*) echo "${@:3}"; exit ;; esac
 echo "$*" >> "$LOG"
 """
 
@@ -46,16 +46,16 @@ def test_changed_hyper_parameters_seeds_and_the_summary(run_all):
     code, lines, _ = run_all(LOSSES="amapo@group=8,lr=1e-5 simpo@gamma=0", SEEDS="3 5")
     assert code == 0 and len(lines) == 2 * 5 + 1
     assert "--loss amapo --model o/seed-3/sft" in lines[2] and "--out o/seed-3/amapo@group=8,lr=1e-5" in lines[2]
-    assert lines[2].endswith("--hp beta=10 --hp group=8 --lr 1e-5 --seed 3") and lines[3].endswith("--hp gamma=0 --seed 3")
+    assert lines[2].endswith("--hp beta=10 --seed 3 --hp group=8 --lr 1e-5") and lines[3].endswith("--seed 3 --hp gamma=0")
     assert lines[5].endswith("--seed 5 --out o/seed-5/data")
-    assert lines[-1] == "evaluate.py --summary o/seed-3/evaluation o/seed-5/evaluation --out o/evaluation"
+    assert lines[-1] == "evaluate.py --summary o/seed-3/evaluation o/seed-5/evaluation --out o/summary-evaluation"
 
 
 def test_an_experiment_has_its_losses_its_tables_and_three_seeds(run_all):
     code, lines, _ = run_all("frontier")
     assert code == 0 and len([line for line in lines if "--out o/seed-1/" in line and "align.py" in line]) == 8
     assert lines[-2].endswith("--data o/seed-2/data/eval --out o/seed-2/frontier --generate 100 --max-new-tokens 64")
-    assert lines[-1] == "evaluate.py --summary o/seed-0/frontier o/seed-1/frontier o/seed-2/frontier --out o/frontier"
+    assert lines[-1] == "evaluate.py --summary o/seed-0/frontier o/seed-1/frontier o/seed-2/frontier --out o/summary-frontier"
 
 
 def test_every_loss_madpo_with_its_reward_model(run_all):
@@ -78,3 +78,12 @@ def test_real_settings_and_wrong_words(run_all):
     assert run_all("nonsense")[0] == 2 and run_all(SETTING="nonsense")[0] == 2 and run_all(SETTING="custom")[0] == 2
     code, lines, _ = run_all(MODEL="m", PREF_DATA="p.jsonl", EVAL_DATA="ID=e.jsonl", NPROC="2", TORCHRUN="--nnodes 2 --node-rank 0")
     assert code == 0 and lines[1].startswith("-m torch.distributed.run --nproc-per-node 2 --nnodes 2 --node-rank 0 align.py --loss dpo --model m")
+
+
+def test_a_misspelt_loss_is_refused_before_the_first_stage(tmp_path):
+    import sys
+
+    for losses, word in (("dpo simppo", "simppo: unknown"), ("dpo@betta=1", "dpo has no betta")):
+        done = subprocess.run(["bash", ROOT / "run_all.sh"], capture_output=True, text=True, env=os.environ | dict(
+            PYTHON=sys.executable, OUT=str(tmp_path / "o"), LOSSES=losses))
+        assert done.returncode == 1 and word in done.stderr.splitlines()[-1] and not list(tmp_path.iterdir())
