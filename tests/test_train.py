@@ -18,7 +18,7 @@ import time
 import pytest
 import torch
 import transformers
-from conftest import command, kill_tree, plain_model, reference_logp, run_here, run_jobs, run_stage
+from conftest import ROOT, command, kill_tree, plain_model, reference_logp, run_here, run_jobs, run_stage
 from safetensors.torch import load_file
 
 TIMING = {"tokens_per_s", "pairs_per_s", "memory_gib"}
@@ -520,3 +520,62 @@ def test_reward_model_its_folder_its_margins_and_madpo(align, data, models, tmp_
     assert metrics(tmp_path / "madpo")[0]["loss"] == pytest.approx(sum(weights) / 19 * math.log(2), rel=1e-5)
     with pytest.raises(SystemExit, match="not of the 17 pairs"):
         run_here(*align("madpo", tmp_path / "other", "--margins", margins, "--min-gap", 0.7))
+
+
+# ------------------------------------------------------------------------------------------ what a fork of the losses may run into
+
+
+def test_an_edited_loss_is_not_taken_for_the_finished_run(align, tmp_path):
+    """The same command after a change in the function's body names `source`; the stage runs from a copy of the repository."""
+    import shutil
+
+    for name in ("prepare_data.py", "sft.py", "align.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    job = align("simpo", tmp_path / "o", "--batch-size", 9, "--max-steps", 1)
+    run_here(tmp_path / "align.py", *job[1:])
+    text = (tmp_path / "align.py").read_text()
+    (tmp_path / "align.py").write_text(text.replace("(pi.w / pi.nw - pi.l / pi.nl) - gamma)", "(pi.w / pi.nw - pi.l / pi.nl) + gamma)"))
+    with pytest.raises(SystemExit, match="source: "):
+        run_here(tmp_path / "align.py", *job[1:])
+
+
+def test_a_loss_may_want_heads_and_mismatched_pairs_at_once(data):
+    """fetch: chosen, rejected, both cut to the shorter length, then the next pair's chosen; apply_loss hands each to its name."""
+    import align as A
+    from prepare_data import load_rows
+
+    rows = load_rows(data / "train")
+    pairs = A.draw_pairs(rows["scores"], "all", 0.0)
+    batch, _, _ = A.fetch(rows, pairs, [3, 18], ["pi", "ref", "pi_head", "ref_head", "kl"])
+    stored = stored_pairs(data)
+    for (prompt, responses), here, after in zip(batch, (3, 18), (4, 0)):
+        p, w, l = stored[here]
+        m = min(len(w), len(l))
+        assert (prompt, responses) == (p, [w, l, w[:m], l[:m], stored[after][1]])
+    leaf, ref = torch.arange(10.0, 15.0)[:, None], torch.arange(5.0)[:, None] / 10
+    seen = {}
+    function = lambda pi, ref, pi_head, ref_head, kl: seen.update(locals()) or pi.w
+    A.apply_loss(function, {}, 0.0, torch.ones(5, 1), ref, torch.ones(1), {}, leaf, [0])
+    assert (seen["pi"].w, seen["pi"].l, seen["pi_head"].w, seen["pi_head"].l, seen["kl"]) == (10, 11, 12, 13, pytest.approx(14 - 0.4))
+    assert (seen["ref"].l, seen["ref_head"].w) == (pytest.approx(0.1), pytest.approx(0.2))
+
+
+def test_data_of_another_tokenizer_is_refused(sft, data, models, tmp_path):
+    """Of the same size, with two words exchanged."""
+    import shutil
+
+    shutil.copytree(models["llama"], tmp_path / "m")
+    text = json.loads((tmp_path / "m/tokenizer.json").read_text())
+    vocab = text["model"]["vocab"]
+    a, b = list(vocab)[20:22]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (tmp_path / "m/tokenizer.json").write_text(json.dumps(text))
+    for job in (sft(tmp_path / "o", "--model", tmp_path / "m"), ["evaluate.py", tmp_path / "m", "--data", data / "eval", "--out", tmp_path / "e"]):
+        with pytest.raises(SystemExit, match="another tokenizer"):
+            run_here(*job)
+    assert [f.name for f in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_summary_wants_two_seeds(tmp_path):
+    with pytest.raises(SystemExit, match="at least two"):
+        run_here("evaluate.py", "--summary", tmp_path, "--out", tmp_path / "o")
