@@ -2,7 +2,7 @@
 # Prepare -> SFT -> align -> evaluate, on one code path from a laptop to a multi-GPU node.
 #   bash run_all.sh        the toy world with dpo, simpo, amapo; a table at the end. 2 cores, no GPU,
 #                          no hub: 2 to 5 minutes after installation
-#   bash run_all.sh test   the tests;   bash run_all.sh soak   the long ones too
+#   bash run_all.sh test   the tests;   bash run_all.sh soak   the long ones too;   bench   beside TRL
 #   bash run_all.sh NAME   an experiment of the table below, over SEEDS
 # What is complete is skipped, what was interrupted resumes. Everything is set by environment variables:
 #   SETTING    a row of the table below: toy (the default), mistral-base, mistral-instruct,
@@ -102,6 +102,7 @@ case $WHAT in
     install requirements.txt tests/requirements.txt
     select="not soak"; [ "$WHAT" = test ] || select=""
     exec "$PYTHON" -m pytest tests -q --durations 5 -m "$select" ;;
+  bench) install requirements.txt tests/requirements-bench.txt; exec "$PYTHON" tests/bench.py ;;
   *) line=$(awk -v w="$WHAT" '$1 == w { sub(/^ *[^ ]+/, ""); print }' <<< "$EXPERIMENTS")
     [ -n "$line" ] || die "$WHAT: wanted test, soak or$(awk '/[|]/ { printf " %s", $1 }' <<< "$EXPERIMENTS")"
     install requirements.txt ;;

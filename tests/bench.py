@@ -1,4 +1,4 @@
-"""CPU-seconds of the alignment step beside TRL: the same weights, token ids, order and optimizer, fp32, 96 pairs in 3 steps of 32.
+"""CPU-seconds of the alignment step beside TRL: the same weights, token ids, order and optimizer, fp32, PAIRS (96) pairs in 3 steps.
 
 Gate: the losses of every step agree to 4 decimals. Then each side twice, interleaved, each run in a process of its own; CPU-seconds are
 those of the steps alone (no loading; the reference pass is timed apart), wall-clock beside them.
@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-PAIRS, BATCH, VOCABULARY, END = 96, 32, 8192, 1
+PAIRS, VOCABULARY, END = int(os.environ.get("PAIRS", 96)), 8192, 1
+BATCH = PAIRS // 3
 SIDES = {  # name: (what it is, against which of ours)
     "ours-dpo": "this repository, dpo", "trl-dpo": "TRL DPOTrainer, its defaults (live reference, checkpointing, 8 pairs)",
     "trl-dpo-best": "TRL DPOTrainer, reference precomputed, no checkpointing, sorted by length",
@@ -29,7 +30,7 @@ SIDES = {  # name: (what it is, against which of ours)
 
 
 def rows():
-    """96 pairs of token ids with the lengths of UltraFeedback at half scale: prompt, chosen, rejected, medians 60, 144, 144."""
+    """PAIRS pairs of token ids with the lengths of UltraFeedback at half scale: prompt, chosen, rejected, medians 60, 144, 144."""
     rng = random.Random(0)
     length = lambda median, sigma: max(4, min(512, round(median * math.exp(rng.gauss(0, sigma)))))
     ids = lambda n: [rng.randrange(3, VOCABULARY) for _ in range(n)]
@@ -105,7 +106,7 @@ def trl(folder, name):
     all_rows = rows()
     data = datasets.Dataset.from_list([dict(prompt=text(p), chosen=" " + text(w), rejected=" " + text(l))
                                        for p, (w, l) in (all_rows[i] for i in order)])
-    common = dict(output_dir=str(folder / "out"), per_device_train_batch_size=8, gradient_accumulation_steps=4, learning_rate=1e-4,
+    common = dict(output_dir=str(folder / "out"), per_device_train_batch_size=8, gradient_accumulation_steps=BATCH // 8, learning_rate=1e-4,
                   lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1.0, weight_decay=0.0, num_train_epochs=1, logging_steps=1,
                   use_cpu=True, bf16=False, report_to="none", save_strategy="no", train_sampling_strategy="sequential", max_length=None,
                   disable_dropout=True, optim="adamw_torch", dataloader_pin_memory=False)
