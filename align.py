@@ -577,7 +577,7 @@ def main(args):
                 assert abs(off) < (1e-5 if device.type == "cpu" else 1e-2), f"first loss: ln 2 + {off}"
             metrics = describe(losses, logps, grads, lengths)
             lr = learning_rate(step, steps, args.lr)
-            norm = update(scorer, optimizer, lr, args.clip, f"step {step + 1}: {ids}")
+            norm = update(scorer, optimizer, lr, args.clip, metrics["loss"], f"step {step + 1}: {ids}")
             origin = origin or metrics
             metrics |= {f"d{k}": metrics[k] - origin[k] for k in ("logp_chosen", "logp_rejected")}
             seconds = time.perf_counter() - began

@@ -270,12 +270,11 @@ def learning_rate(step, steps, peak, warmup=0.1):
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-def update(scorer, optimizer, lr, clip, what=""):
-    """Clip by global norm, step, clear the gradients. Returns the norm before clipping; ValueError
-    about `what` if it is not finite, and then no step is made."""
+def update(scorer, optimizer, lr, clip, loss=0.0, what=""):
+    """Clip by global norm, step, clear. Returns the norm; no step but ValueError if not finite."""
     norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), clip).full_tensor().item()
-    if not math.isfinite(norm):
-        raise ValueError(f"gradient norm {norm} in {what}")
+    if not math.isfinite(loss + norm):
+        raise ValueError(f"loss {loss}, gradient norm {norm} in {what}")
     group = optimizer.param_groups[0]
     group["lr"] = lr
     for p, local in zip(optimizer.named.values(), group["params"]):
@@ -355,7 +354,7 @@ def metrics_log(partial, first, steps, name):
             bar.set_postfix(shown, refresh=False)
             bar.update()
 
-        yield log, json.loads(lines[0]) if lines else None
+        yield log, json.loads(lines[0]) if any(lines) else None
 
 def save_model(scorer, tok, partial, args):
     """PARTIAL -> OUT, an ordinary Hugging Face folder: weights, tokenizer with its chat template,
@@ -443,9 +442,10 @@ def main(args):
                 loss += part.detach()
             dist.all_reduce(loss)
             lr = learning_rate(step, steps, args.lr)
-            norm = update(scorer, optimizer, lr, args.clip, f"step {step + 1}: {batch['id']}")
+            what, loss = f"step {step + 1}: {batch['id']}", loss.item()
+            norm = update(scorer, optimizer, lr, args.clip, loss, what)
             total, seconds = tokens + sum(len(p) for p, _ in rows), time.perf_counter() - began
-            log(dict(step=step + 1, loss=loss.item(), lr=lr, grad_norm=norm, response_tokens=tokens,
+            log(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens,
                      tokens_per_s=total / seconds))
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
                 save_checkpoint(partial, step + 1, scorer, optimizer)

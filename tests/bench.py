@@ -97,13 +97,12 @@ def trl(folder, name):
 
     from prepare_data import batch_indices
 
+    all_rows = rows()
     order = sum((batch_indices(PAIRS, BATCH, 0, step) for step in range(PAIRS // BATCH)), [])
     if name != "trl-dpo":  # sorted inside each global batch: the same work, less padding
-        size = lambda i: -len(rows()[i][0]) - max(map(len, rows()[i][1]))
-        sizes = {i: size(i) for i in order}
-        order = sum((sorted(order[k : k + BATCH], key=sizes.get) for k in range(0, PAIRS, BATCH)), [])
+        size = lambda i: -len(all_rows[i][0]) - max(map(len, all_rows[i][1]))
+        order = sum((sorted(order[k : k + BATCH], key=size) for k in range(0, PAIRS, BATCH)), [])
     text = lambda ids: " ".join("</s>" if i == END else f"w{i}" for i in ids)
-    all_rows = rows()
     data = datasets.Dataset.from_list([dict(prompt=text(p), chosen=" " + text(w), rejected=" " + text(l))
                                        for p, (w, l) in (all_rows[i] for i in order)])
     common = dict(output_dir=str(folder / "out"), per_device_train_batch_size=8, gradient_accumulation_steps=BATCH // 8, learning_rate=1e-4,
