@@ -59,7 +59,7 @@ def loss(function=None, *, batch=False):
 
     Positional parameters name what the loop supplies: `pi`, the policy's Logps; `ref`, the
     reference's (computed once, cached); `pi_head`, `ref_head`, those of the first min(nw, nl)
-    tokens; `kl` (G,), policy minus reference log-prob of the next pair's chosen response; `gap`
+    tokens; `pi_square`, sums of log sum_v pi(v)^2 over all tokens v, detached; `kl` (G,), policy minus reference log-prob of the next pair's chosen response; `gap`
     (G,), the score difference of each pair, or its --margins; `state`, a dict of 0-d float64
     tensors, {} at first: such a loss returns (losses, new state). Keyword-only parameters are the
     hyper-parameters.
@@ -185,6 +185,14 @@ def ld_dpo(pi, ref, pi_head, ref_head, *, beta=0.1, alpha=0.5):
     w, l = ((1 - alpha) * h + alpha * s for h, s in zip(pi_head[:2], pi[:2]))
     ref_w, ref_l = ((1 - alpha) * h + alpha * s for h, s in zip(ref_head[:2], ref[:2]))
     return -F.logsigmoid(beta * ((w - ref_w) - (l - ref_l)))
+
+@loss
+def wpo(pi, ref, pi_square, *, beta=0.01):
+    """weight * DPO, weight = min(1, e^(s_w + s_l)), detached; s = mean of log pi(y) - log sum_v
+    pi(v)^2 over tokens y.  WPO, arXiv 2406.11827, as the official code has it (TRL: no min)."""
+    w, l = ((p - q) / n for p, q, n in zip(pi[:2], pi_square[:2], pi[2:]))
+    weight = (w + l).detach().clamp(max=0.0).exp()
+    return -weight * F.logsigmoid(beta * ((pi.w - ref.w) - (pi.l - ref.l)))
 
 @loss
 def odpo(pi, ref, gap, *, beta=0.1, alpha=1.0):
@@ -367,7 +375,7 @@ def configure(name, settings):
     if name not in LOSSES:
         raise ValueError(f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
     parameters = inspect.signature(LOSSES[name]).parameters.items()
-    known = "pi ref pi_head ref_head kl gap" + " state" * LOSSES[name].batch
+    known = "pi ref pi_head ref_head pi_square kl gap" + " state" * LOSSES[name].batch
     if unknown := set(wants(LOSSES[name])) - {*known.split()}:
         raise ValueError(f"--loss {name}: the loop has no {unknown} for it; hyper-parameters come "
                          "after `*`, and `state` is for @loss(batch=True)")
@@ -393,11 +401,11 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     """(losses (g,), new state) of the pairs at the positions `here` of the global batch. leaf (K, g):
     their log-probs, columns as in `fetch`; lengths, ref (K, G), gap (G,): of the whole batch."""
     n, ref = lengths[:, here], torch.zeros_like(leaf) if ref is None else ref[:, here]
-    head = slice(2, 4) if len(leaf) > 3 else slice(0, 2)
+    head, last = slice(2, 4) if len(n) > 3 else slice(0, 2), len(n) - 1
     supply = dict(
         pi=Logps(*leaf[:2], *n[:2]), ref=Logps(*ref[:2], *n[:2]), gap=gap[here], state=state,
         pi_head=Logps(*leaf[head], *n[head]), ref_head=Logps(*ref[head], *n[head]),
-        kl=(leaf[-1] - ref[-1]).detach())
+        pi_square=Logps(*leaf[-len(n) :].detach()[:2], *n[:2]), kl=(leaf[last] - ref[last]).detach())
     out = function(*(supply[k] for k in wants(function)), **hp)
     values, state = out if isinstance(out, tuple) else (out, {})
     return values - sft_weight * leaf[0] / n[0], state
@@ -440,25 +448,26 @@ def gather(outs, mine, shape, device):
     dist.all_reduce(full)
     return full
 
-def score_pairs(scorer, data, pairs, supply, args, device, desc, steps=math.inf):
+def score_pairs(scorer, data, pairs, supply, args, device, desc, steps):
     """(K, P) log-probs of the pairs of the first `steps` batches, just as in training; else nan."""
-    steps, scores = min(steps, math.ceil(len(pairs) / args.batch_size)), None
+    scores = None
     for step in tqdm.trange(steps, desc=desc, unit="step", disable=dist.get_rank() > 0):
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
         rows, _, _ = fetch(data, pairs, index, supply)
         micros = plan(rows, dist.get_world_size(), args.tokens_per_forward)[dist.get_rank()]
         with torch.no_grad():
             outs = [score(scorer, rows, micro, device) for micro in micros]
-        part = gather(outs, sum(micros, []), (len(rows[0][1]), len(rows)), device)
+        part = gather(outs, sum(micros, []), (len(rows[0][1]) * (1 + scorer.squares), len(rows)), device)
         scores = part.new_full((len(part), len(pairs)), math.nan) if scores is None else scores
         scores[:, index] = part
     return scores
 
 def reference_scores(scorer, data, pairs, supply, args, device, steps):
     """score_pairs before step 0; cached beside the data, so losses that share a start share it."""
-    key = [fingerprint(args.model), fingerprint(args.data), "kl" in supply, "head" in str(supply),
-           min(steps, -(-len(pairs) // args.batch_size)), args.pairs, args.min_gap, args.batch_size,
-           args.seed, args.tokens_per_forward, dist.get_world_size(), device.type, torch.__version__]
+    more = sorted({"kl", "pi_head", "ref_head"} & {*supply})  # beside chosen and rejected
+    key = [fingerprint(args.model), fingerprint(args.data), more, steps, args.pairs, args.min_gap,
+           args.batch_size, args.seed, args.tokens_per_forward, dist.get_world_size(), device.type,
+           torch.__version__]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = Path(args.data).parent / "reference" / f"{name}.pt"
     if on_rank0(cache.exists):
@@ -498,7 +507,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     world, size = dist.get_world_size(), len(rows)
     shares = plan(rows, world, budget)
     micros = shares[dist.get_rank()]
-    logps, grads = torch.zeros(2, len(rows[0][1]), size, dtype=torch.float64, device=device)
+    kinds = len(rows[0][1]) * (1 + scorer.squares)  # K: log-probs of each response, then squares
+    logps, grads = torch.zeros(2, kinds, size, dtype=torch.float64, device=device)
     losses, state = torch.zeros(size, dtype=torch.float64, device=device), {}
 
     def settle(window, outs):
@@ -525,7 +535,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
 
 def describe(losses, logps, grads, lengths):
     """What metrics.jsonl says of one global batch; keys as in README.md. lengths (K, G)."""
-    average = logps / lengths
+    average = logps[:2] / lengths[:2]
     r, total = average[0] - average[1], logps[0] - logps[1]
     force = grads.abs().sum(0)  # (G,) |dL/dw| + |dL/dl|
     barely = (r > 0) & (r <= r.mean())
@@ -552,12 +562,14 @@ def main(args):
     if ready is None:
         return
     device, data, tok, scorer, optimizer, partial = ready
-    steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(pairs) / args.batch_size))
+    epoch = math.ceil(len(pairs) / args.batch_size)
+    steps = args.max_steps or math.ceil(args.epochs * epoch)
     print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} a step "
            f"= {steps} steps, on {dist.get_world_size()} {device.type} process(es)")
     reference = None
     if {"ref", "ref_head", "kl"} & {*supply}:
-        reference = reference_scores(scorer, data, pairs, supply, args, device, steps)
+        reference = reference_scores(scorer, data, pairs, supply, args, device, min(steps, epoch))
+    scorer.squares = "pi_square" in supply
     first, state = load_checkpoint(partial, scorer, optimizer)
     with metrics_log(partial, first, steps, args.loss) as (log, origin):
         for step in range(first, steps):
@@ -587,7 +599,7 @@ def main(args):
             if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
                 save_checkpoint(partial, step + 1, scorer, optimizer, state)
     if args.loss == "reward":
-        w, l = score_pairs(scorer, data, pairs, supply, args, device, "margins").tolist()
+        w, l = score_pairs(scorer, data, pairs, supply, args, device, "margins", epoch).tolist()
         margins = dict(data=fingerprint(args.data), margins=[a - b for a, b in zip(w, l)])
         on_rank0((partial / "margins.json").write_text, json.dumps(margins))
     save_model(scorer, tok, partial, args)

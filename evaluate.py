@@ -9,16 +9,15 @@ their number n. The response with the higher score is ranked first, where the sc
 
 Accuracy is the share of comparisons in which the better response scores strictly higher: a tie is
 wrong, and ties are counted. A row of RM-Bench (arXiv 2410.16184) gives a matrix, A[i][j] = chosen
-in style i beats rejected in style j: Easy is the mean of its lower triangle (the chosen one has the
-richer style), Normal of the diagonal, Hard of the upper triangle; domains count equally.
+in style i beats rejected in style j: Easy is the mean of its lower triangle, where the chosen one
+has the richer style, Normal of the diagonal, Hard of the upper triangle; domains count equally.
 
     python evaluate.py runs/toy/sft runs/toy/dpo --ref runs/toy/sft --data runs/toy/data/eval \\
         --out runs/evaluation                                  # toy world, 2 cores: 20 seconds
     python evaluate.py --summary runs/seed-*/evaluation --out runs/summary      # over seeds
 
-Writes OUT/results.json, results.md and scores/MODEL/SET.json: rows with `average`, `sum`, `implicit`
-of each response, and for RM-Bench what its own compute_accuracy reads. --generate N samples
-responses to N prompts of each set (samples-MODEL.json); --prompts FILE: see answer.
+Writes OUT/results.json, results.md, figures.png and scores/MODEL/SET.json: the scores of responses,
+as RM-Bench's compute_accuracy reads them. --generate N samples responses to N prompts of each set.
 """
 
 import argparse
@@ -123,6 +122,35 @@ OFFICIAL_DOMAINS = ("chat", "math", "code", "safety")  # of RM-Bench; a domain b
 CELLS = dict(Easy=((1, 0), (2, 0), (2, 1)),  # (style of the chosen one, style of the rejected one)
              Normal=((0, 0), (1, 1), (2, 2)),
              Hard=((0, 1), (0, 2), (1, 2)))
+CELLS |= {f"{i}>{j}": ((i, j),) for i in range(3) for j in range(3)}  # its matrix
+ADVERSARIAL = {"llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
+               "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46}
+SUITES = {  # suite: {section: {domain: weight}}, as its authors average
+    "LLMBar": {"Natural": {"llmbar-natural": 1}, "Adversarial": dict.fromkeys(ADVERSARIAL, 1)},
+    "RewardBench": {
+        "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
+                 "mt-bench-easy": 28, "mt-bench-med": 40},
+        "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, **ADVERSARIAL},
+        "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "donotanswer": 136,
+                   "xstest-should-refuse": 154, "xstest-should-respond": 250},
+        "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164,
+                      "hep-js": 164, "hep-python": 164, "hep-rust": 164}},
+}
+
+def sections(data):
+    """(stratum of each row, {column: {stratum: weight}}, absent strata) of a set: those of RM-Bench
+    if its rows have styles, of the first suite that has all its domains, or one column, ""."""
+    strata, suites = data["domain"], SUITES.values()
+    if any(data["style"]):
+        strata = [next((d for d in OFFICIAL_DOMAINS if s.startswith(d)), s) for s in strata]
+        official = OFFICIAL_DOMAINS if {*strata} & {*OFFICIAL_DOMAINS} else ()
+        suites = [dict.fromkeys(CELLS, dict.fromkeys([*official, *strata], 1))]
+    for suite in suites:
+        every = dict.fromkeys(d for section in suite.values() for d in section)
+        if {*strata} <= {*every}:
+            columns = {c: {d: w for d, w in x.items() if d in strata} for c, x in suite.items()}
+            return strata, {c: x for c, x in columns.items() if x}, [d for d in every if d not in strata]
+    return [""] * len(strata), {"": {"": 1}}, []
 
 def comparisons(labels, styles, scores, column=""):
     """One row's comparisons, [(score of the better response, score of the worse)]: all pairs of
@@ -133,26 +161,31 @@ def comparisons(labels, styles, scores, column=""):
     table = {(label == max(labels), style): s for label, style, s in zip(labels, styles, scores)}
     return [(table[True, i], table[False, j]) for i, j in CELLS[column]]
 
-def estimate(right, total, stratum):
-    """Accuracy and its 95 % interval: (value, low, high).
-
-    right, total: correct and all comparisons of each row.  stratum: the row's domain.
-    In each stratum the ratio of sums; over strata a plain mean. Rows, not comparisons, are the
-    independent units: Wilson's interval at the effective sample size p (1 - p) / variance.
-    """
-    values, variance = [], 0.0
-    names = list(dict.fromkeys(stratum))
-    for name in names:
-        rows = [(r, t) for r, t, s in zip(right, total, stratum) if s == name]
-        r, t = torch.tensor(rows, dtype=torch.float64).T
-        values.append((r.sum() / t.sum()).item())
-        squares = (r - values[-1] * t).square().sum().item() / t.sum().item() ** 2
-        variance += squares * len(rows) / max(1, len(rows) - 1) / len(names) ** 2
-    p, z = sum(values) / len(values), 1.959964
-    n = p * (1 - p) / variance if variance > 0 else len(right)
+def estimate(strata, weights):
+    """Accuracy and its 95 % interval: (value, low, high). strata: see bootstrap. In each stratum the
+    ratio of sums; over strata the mean by `weights`, which add up to 1. Prompts, not comparisons,
+    are the units: Wilson's interval at the effective size p (1 - p) / variance."""
+    p, variance, z = 0.0, 0.0, 1.959964
+    for name, x in strata.items():
+        value = (x[:, 0].sum() / x[:, 1].sum()).item()
+        squares = (x[:, 0] - value * x[:, 1]).square().sum().item() / x[:, 1].sum().item() ** 2
+        p += weights[name] * value
+        variance += weights[name] ** 2 * squares * len(x) / max(1, len(x) - 1)
+    n = p * (1 - p) / variance if variance > 0 else sum(map(len, strata.values()))
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    half = z * math.sqrt(max(0.0, p * (1 - p)) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return p, max(0.0, middle - half), min(1.0, middle + half)
+
+def bootstrap(strata, weights):
+    """95 % interval of the gain in accuracy over --ref on the same prompts, by 1000 draws of a
+    Poisson bootstrap: how often a prompt is drawn. strata: {name: (prompts, 5) tensor: of each
+    prompt, comparisons right, all, tied, won, lost}."""
+    gain, draw = 0.0, torch.Generator().manual_seed(0)
+    for name, x in strata.items():
+        times = torch.poisson(torch.ones(1000, len(x), dtype=x.dtype), generator=draw)
+        _, total, _, won, lost = (times @ x).T  # (1000,) each
+        gain += weights[name] * (won - lost) / total.clamp(min=1)
+    return gain.quantile(torch.tensor([0.025, 0.975], dtype=x.dtype)).tolist()
 
 def kendall_tau(labels, scores):
     """Kendall's tau-b of one row; None where all labels or all scores are equal."""
@@ -163,198 +196,199 @@ def kendall_tau(labels, scores):
     return sum(a * b for a, b in zip(x, y)) / norm if norm else None
 
 def measure(data, scores, base=None):
-    """All numbers of one model, one kind of score, one set.
+    """All numbers of one model, one kind of score, one set. data: the columns scores, style, domain
+    of a set, and prompt, anything that tells prompts apart: rows of one prompt are one unit.
 
-    base: the scores of --ref, for the flips. Returns {column: dict(accuracy, low, high, ties,
-    comparisons, rows[, tau, won, lost])}; the one column of pairs and lists is "", those of
-    RM-Bench are Easy, Normal, Hard, and it has `domains` (see rm_bench) and `Avg` as well.
+    base: the scores of --ref. Returns {column: dict(accuracy, low, high, ties, comparisons, prompts,
+    domains[, tau, won, lost, gain, gain_low, gain_high])}, columns as of `sections`, and Avg, the
+    mean of three or more.
     """
-    labels, styles = data["scores"], data["style"]
-    styled, out = any(styles), {}
-    official = lambda name: next((d for d in OFFICIAL_DOMAINS if name.startswith(d)), name)
-    domains = [official(d) if styled else "" for d in data["domain"]]
-    for column in CELLS if styled else [""]:
-        rows = [comparisons(*row, column) for row in zip(labels, styles, scores)]
-        kept = [k for k, pairs in enumerate(rows) if pairs]  # equal labels: nothing to compare
-        right = [sum(a > b for a, b in rows[k]) for k in kept]
-        total = [len(rows[k]) for k in kept]
-        p, low, high = estimate(right, total, [domains[k] for k in kept])
-        ties = sum(a == b for k in kept for a, b in rows[k]) / sum(total)
-        out[column] = dict(accuracy=p, low=low, high=high, ties=ties, comparisons=sum(total),
-                           rows=len(kept))
+    names, columns, _ = sections(data)
+    out, rows = {}, [*zip(names, data["prompt"], data["scores"], data["style"], scores, base or scores)]
+    for column, weights in columns.items():
+        units = {name: {} for name in weights}  # of each prompt: right, all, tied, won, lost
+        for name, prompt, labels, styles, *both in (row for row in rows if row[0] in units):
+            pairs = zip(*(comparisons(labels, styles, scores, column) for scores in both))
+            if counts := [(a > b, 1, a == b, (a > b) > (c > d), (a > b) < (c > d)) for (a, b), (c, d) in pairs]:
+                units[name].setdefault(prompt, []).extend(counts)
+        strata = {name: torch.tensor([[*map(sum, zip(*x))] for x in unit.values()], dtype=torch.float64)
+                  for name, unit in units.items() if unit}
+        weights = {name: weights[name] / sum(weights[s] for s in strata) for name in strata}
+        rates = {name: (x.sum(0) / x[:, 1].sum()).tolist() for name, x in strata.items()}
+        p, low, high = estimate(strata, weights)
+        ties, won, lost = (sum(weights[s] * rates[s][k] for s in strata) for k in (2, 3, 4))
+        out[column] = dict(
+            accuracy=p, low=low, high=high, ties=ties, prompts=sum(map(len, strata.values())),
+            comparisons=int(sum(x[:, 1].sum() for x in strata.values())),
+            domains={name: rate[0] for name, rate in rates.items()})
         if base:
-            old = [comparisons(*row, column) for row in zip(labels, styles, base)]
-            flips = [(a > b, c > d) for k in kept for (a, b), (c, d) in zip(rows[k], old[k])]
-            out[column]["won"] = flips.count((True, False)) / len(flips)
-            out[column]["lost"] = flips.count((False, True)) / len(flips)
-    if styled:
-        out["domains"] = {}
-        for name in dict.fromkeys(domains):
-            rows = [r for r, d in zip(zip(labels, styles, scores), domains) if d == name]
-            out["domains"][name] = rm_bench(rows)
-        out["Avg"] = sum(d["Avg"] for d in out["domains"].values()) / len(out["domains"])
-    elif max(map(len, labels)) > 2:
-        taus = [kendall_tau(*row) for row in zip(labels, scores)]
-        taus = [tau for tau in taus if tau is not None]
+            gain = dict(zip(("gain_low", "gain_high"), bootstrap(strata, weights)))
+            out[column] |= dict(won=won, lost=lost, gain=won - lost) | gain
+    main = [out[c] for c in columns if ">" not in c]
+    if len(main) > 2:  # of a domain where it is in all of them
+        mean = lambda values: sum(values) / len(main)
+        both = set.intersection(*(set(x["domains"]) for x in main))
+        out["Avg"] = dict(accuracy=mean(x["accuracy"] for x in main), domains={
+            d: mean(x["domains"][d] for x in main) for d in main[0]["domains"] if d in both})
+    if not any(data["style"]) and max(map(len, data["scores"])) > 2:
+        taus = [tau for row in zip(data["scores"], scores) if (tau := kendall_tau(*row)) is not None]
         out[""]["tau"] = sum(taus) / max(1, len(taus))
     return out
 
-def rm_bench(rows):
-    """One domain: rows [(labels, styles, scores)] -> its 3x3 matrix, Easy, Normal, Hard, Avg."""
-    out = dict(matrix=[[0.0] * 3 for _ in range(3)], rows=len(rows))
-    for column, cells in CELLS.items():
-        results = [comparisons(*row, column) for row in rows]
-        for c, (i, j) in enumerate(cells):
-            out["matrix"][i][j] = sum(r[c][0] > r[c][1] for r in results) / len(rows)
-        out[column] = sum(out["matrix"][i][j] for i, j in cells) / 3
-    return out | dict(Avg=(out["Easy"] + out["Normal"] + out["Hard"]) / 3)
-
-def audit(path):
-    """Who gets the gradient: mean shares over the first and the last third of training, from the
-    metrics.jsonl of a model of align.py; None for others."""
+def training_log(path):
+    """The lines of metrics.jsonl of a model that align.py trained; [] for others."""
     log = Path(path) / "metrics.jsonl"
-    lines = [json.loads(line) for line in open(log)] if log.exists() else [{}]
-    keys = [f"{a}_{b}" for a in ("pairs", "grad") for b in ("misranked", "barely", "well")]
-    if keys[0] not in lines[0]:
-        return None
+    lines = [json.loads(line) for line in open(log)] if log.exists() else []
+    return lines if lines and "grad_well" in lines[0] else []
+
+def audit(lines):
+    """Who gets the gradient: mean shares over the first and the last third of training."""
     third = -(-len(lines) // 3)
-    return [{k: sum(line[k] for line in part) / len(part) for k in keys}
-            for part in (lines[:third], lines[-third:])]
+    return [{f"{a}_{b}": sum(line[f"{a}_{b}"] for line in part) / third
+             for a in ("pairs", "grad") for b in ("misranked", "barely", "well")}
+            for part in (lines[:third], lines[-third:]) if part]
 
 # ---------------------------------------------------------------------------------------- tables
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, by n - 1
 
-def table(head, lines):
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+def tables_of(results):
+    """{title: {row: {column: cell}}} of a results.json; a cell is [value] or [value, low, high]."""
+    ref, longer, absent, tables = results["ref"], results["longer_wins"], results["absent"], {}
+    several = [s for s, columns in longer.items() if len(columns) > 1]
+    columns = [(s, c, c if c and several == [s] else f"{s} {c}".strip())
+               for s, names in longer.items() for c in names if ">" not in c]
+    rows = {kind: {m: kinds[kind] for m, kinds in results["models"].items() if kinds[kind]}
+            for kind in results["kinds"]}
+    average, baseline = rows["average"], {"the longer one wins": longer}
 
-def main_tables(results):
-    """The main table, a row for each model and kind of score, a column for each set; and others."""
-    columns = columns_of(results)
-    show = lambda v: f"{100 * v['accuracy']:.1f} [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
-    cells = lambda values: [show(values[name][c]) for name, c, _ in columns]
-    lines = [[model, kind, *cells(kinds[kind])] for kind in results["kinds"]
-             for model, kinds in results["models"].items() if kind in kinds]
-    lines.append(["the longer one wins", "", *cells(results["longer_wins"])])
-    text = table(["model", "score by", *(title for _, _, title in columns)], lines)
-    return text + audit_table(results) + generation_table(results)
+    def grid(title, rows, *keys):
+        tables[title] = {m: {t: [100 * row[s][c][k] for k in keys if k in row[s][c]]
+                             for s, c, t in columns if keys[0] in row[s][c]} for m, row in rows.items()}
 
-def audit_table(results):
-    """Shares of pairs and of gradient on misranked / barely / well ranked pairs; "" without any."""
-    show = lambda part, what: " / ".join(f"{100 * part[k]:.0f}" for k in part if what in k)
-    lines = [[m, *(show(part, what) for part in parts for what in ("pairs", "grad"))]
-             for m, parts in results["audit"].items() if parts]
-    head = ["model", "pairs, first third", "gradient", "pairs, last third", "gradient"]
-    text = ("\nWho gets the gradient: % of pairs and of |dL/dlogp| that are misranked (r <= 0) / "
-            "barely right (r up to the batch mean) / well ranked.\n\n")
-    return text + table(head, lines) if lines else ""
+    for kind in rows:
+        grid(f"Ranking accuracy by {kind}, %", rows[kind] | baseline, "accuracy", "low", "high")
+    grid(f"Minus {ref}, by average, %", average, "gain", "gain_low", "gain_high")
+    grid(f"Wrong by {ref}, right now, by average, %", average, "won")
+    grid(f"Right by {ref}, wrong now, by average, %", average, "lost")
+    grid("100 times Kendall's tau-b, by average", average, "tau")
+    for s in several:
+        missing = f" ({', '.join(absent[s])} absent: not comparable to published numbers)"
+        tables[f"{s} by domain, by average, %{missing * bool(absent[s])}"] = {
+            m: {f"{d} {c}": [100 * x] for c, cell in row[s].items() if ">" not in c
+                for d, x in cell["domains"].items()} for m, row in average.items()}
+        tables[f"{s}, chosen in style i beats rejected in style j (i>j), by average, %"] = {
+            m: {c: [100 * cell["accuracy"]] for c, cell in row[s].items() if ">" in c}
+            for m, row in average.items()}
+    for k, third in enumerate(("first", "last")):
+        tables[f"Who gets the gradient: pairs and |dL/dlogp| in the {third} third of training, %"] = {
+            m: {key.replace("_", " "): [100 * x] for key, x in parts[k].items()}
+            for m, parts in results["audit"].items() if parts}
+    return tables | {"Samples (see README)": {
+        m: {key: [x] for key, x in row.items()} for m, row in results["generation"].items()}}
 
-def generation_table(results):
-    keys = list(dict.fromkeys(k for row in results["generation"].values() for k in row))
-    lines = [[m, *(f"{row[k]:.3f}" if k in row else "" for k in keys)]
-             for m, row in results["generation"].items()]
-    return "\nSamples, see README.\n\n" + table(["model", *keys], lines) if lines else ""
+def merge(runs, bases):
+    """The tables of several runs as one: a cell that several have becomes [mean, deviation]; and
+    the differences from the rows `bases`, paired by run, with Student's 95 % interval."""
+    cells, out = {}, {}  # (title, row, column): {run: cell}
+    for k, tables in enumerate(runs):
+        for title, rows in tables.items():
+            for row, line in rows.items():
+                for column, cell in line.items():
+                    cells.setdefault((title, row, column), {})[k] = cell
+    for (title, row, column), found in cells.items():
+        x = torch.tensor([cell[0] for cell in found.values()])
+        cell = [x.mean().item(), x.std().item()] if len(x) > 1 else [*found.values()][0]
+        out.setdefault(title, {}).setdefault(row, {})[column] = cell
+        for base in bases if title.startswith("Ranking") else ():
+            other = cells.get((title, base, column), {})
+            x = torch.tensor([found[k][0] - other[k][0] for k in found if k in other])
+            if len(x) > 1 and row != base:
+                half = x.std().item() * T975[min(len(x), 11) - 2] / math.sqrt(len(x))
+                mean = x.mean().item()
+                line = out.setdefault(f"{title}, minus {base}", {}).setdefault(row, {})
+                line[column] = [mean, mean - half, mean + half]
+    return out
 
-def summary(files):
-    """Markdown of several results.json, one for each seed: mean and deviation over seeds, then the
-    paired differences from the reference, dpo and simpo with Student's 95 % interval."""
-    runs = [json.loads(Path(f).read_text()) for f in files]
-    columns, first = columns_of(runs[0]), runs[0]["models"]
-    value = lambda run, m, kind, s, c: 100 * run["models"][m][kind][s][c]["accuracy"]
-    text = f"{len(runs)} seeds: mean (standard deviation) of accuracy in %.\n\n"
-    for base in [None, *(m for m in (runs[0]["ref"], "dpo", "simpo", "simpo@gamma=0") if m in first)]:
-        lines = []
-        for kind in runs[0]["kinds"]:
-            for m in (m for m in first if kind in first[m] and m != base):
-                cells = []
-                for s, c, _ in columns:
-                    if base and kind not in first[base]:
-                        continue
-                    x = torch.tensor([value(run, m, kind, s, c) for run in runs])
-                    if base:
-                        x -= torch.tensor([value(run, base, kind, s, c) for run in runs])
-                    half = x.std().item() * (T975[min(len(x), 11) - 2] / math.sqrt(len(x)) if base else 1)
-                    cells.append(f"{x.mean():+.1f} ± {half:.1f}" if base else
-                                 f"{x.mean():.1f} ({half:.1f})")
-                lines += [[m, kind, *cells]] if cells else []
-        text += f"\nMinus {base}, paired by seed.\n\n" * bool(base)
-        text += table(["model", "score by", *(title for _, _, title in columns)], lines)
+def markdown(tables):
+    """Tables as text. Their cells: value, mean (standard deviation), or value [95 % interval]."""
+    text = ""
+    for title, rows in tables.items():
+        digits = 3 if title.startswith("Samples") else 1
+        columns = dict.fromkeys(column for line in rows.values() for column in line)
+        lines = [["model", *columns], ["---"] * (1 + len(columns))]
+        for row, line in rows.items():
+            texts = [[f"{x:.{digits}f}" for x in line.get(column, ())] for column in columns]
+            cells = [("", "{}", "{} ({})", "{} [{}, {}]")[len(x)].format(*x) for x in texts]
+            lines += [[row, *cells]] if line else []
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        text += f"\n{title}\n\n{table}\n" * bool(columns)
     return text
 
-def columns_of(results):
-    """[(set, column of `measure`, title)]."""
-    one = sum(results["sets"].values()) == 1
-    return [(name, c, c or name if one else f"{name} {c}".strip())
-            for name, styled in results["sets"].items() for c in (CELLS if styled else [""])]
-
-def markdown(results):
-    """results.md: accuracies by every kind of score, flips, Kendall's tau, RM-Bench by domain."""
-    columns, models, longer = columns_of(results), results["models"], results["longer_wins"]
-    text = "Ranking accuracy in % with its 95 % interval, by three scores of a response.\n\n"
-    text += main_tables(results)
-    flipped = [m for m, kinds in models.items() if "implicit" in kinds]  # all but the reference
-    if flipped:
-        text += (f"\nFlips since {results['ref']}, by average: + wrong to right, - right to wrong, "
-                 "% of comparisons.\n\n")
-        show = lambda v: f"+{100 * v['won']:.1f} -{100 * v['lost']:.1f}"
-        text += table(["model", *(title for _, _, title in columns)], [
-            [m, *(show(models[m]["average"][s][c]) for s, c, _ in columns)] for m in flipped])
-    if lists := [s for s in results["sets"] if "tau" in longer[s].get("", {})]:
-        text += "\nKendall's tau-b, by average (mean over prompts).\n\n"
-        text += table(["model", *lists], [
-            [m, *(f"{r['average'][s]['']['tau']:.3f}" for s in lists)] for m, r in models.items()])
-    for name in (name for name, styled in results["sets"].items() if styled):
-        domains = list(longer[name]["domains"])
-        text += f"\n{name} by domain, by average: Easy / Normal / Hard / Avg, %.\n\n"
-        show = lambda d: " / ".join(f"{100 * d[k]:.1f}" for k in (*CELLS, "Avg"))
-        rows = [(m, r["average"][name]) for m, r in models.items()]
-        text += table(["model", *domains, "mean of domains"], [
-            [m, *(show(v["domains"][d]) for d in domains), f"{100 * v['Avg']:.1f}"]
-            for m, v in [*rows, ("the longer one wins", longer[name])]])
-        missing = [d for d in OFFICIAL_DOMAINS if d not in domains]
-        if missing and len(missing) < len(OFFICIAL_DOMAINS):
-            text += (f"\n{', '.join(missing)} absent: a mean over {len(domains)} domains, not "
-                     "comparable to published RM-Bench numbers.\n")
-    return text
+def write_tables(folder, tables, logs):
+    """FOLDER/results.md and, where matplotlib is installed, figures.png: training curves, who gets
+    the gradient, true reward of samples against KL. Prints the main tables."""
+    (folder / "results.md").write_text(markdown(tables))
+    main = {t: rows for t, rows in tables.items() if t.startswith(("Ranking", "Who", "Samples"))}
+    print(f"{markdown(main)}\nmore in {folder}/results.md")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no figures.png: matplotlib is not installed")
+    figure, find = Figure((15, 9)), lambda head: next((r for t, r in tables.items() if head in t), {})
+    axes = figure.subplots(2, 3).flat
+    for ax, key in zip(axes, ("accuracy", "margin", "logp_chosen", "logp_rejected")):
+        ax.set(xlabel="step", ylabel=key)
+        for name, lines in logs.items():
+            ax.plot([x["step"] for x in lines], [x[key] for x in lines], label=name)
+    axes[0].legend(fontsize="small") if logs else None
+    axes[4].set(xlabel="% of |dL/dlogp|, last third: misranked, barely right, well ranked")
+    for name, line in find("last third").items():
+        left = 0.0
+        for group, colour in (("misranked", "C3"), ("barely", "C1"), ("well", "C2")):
+            left += axes[4].barh(name, line[f"grad {group}"][0], left=left, color=colour)[0].get_width()
+    axes[5].set(xlabel="KL to the reference, nats a response", ylabel="true reward")
+    for name, line in find("Samples").items():
+        if "kl" in line and "reward" in line:
+            axes[5].plot(line["kl"][0], line["reward"][0], "o")
+            axes[5].annotate(name, (line["kl"][0], line["reward"][0]), fontsize="small")
+    figure.savefig(folder / "figures.png", bbox_inches="tight")
 
 # ------------------------------------------------------------------------------------------ main
 
 def find_sets(root):
-    """{name: rows} of a folder of prepared sets, or of one set; in the order of report.json."""
-    folders = [root] if (root / "dataset_info.json").exists() else sorted(
-        f.parent for f in root.glob("*/dataset_info.json"))
-    if not folders:
+    """{name: rows} of a folder of prepared sets, in the order of writing, or of one set."""
+    files = [f / "dataset_info.json" for f in (root, *root.glob("*"))]
+    files = sorted((f for f in files if f.exists()), key=lambda f: f.stat().st_mtime_ns)
+    if not files:
         raise ValueError(f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
-    report = root.parent / "report.json"
-    order = list(json.loads(report.read_text())["sets"]) if report.exists() else []
-    folders.sort(key=lambda f: f"eval/{f.name}" in order and order.index(f"eval/{f.name}"))
-    sets = {f.name: load_rows(f) for f in folders}
+    sets = {f.parent.name: load_rows(f.parent) for f in files}
     for name, data in sets.items():
         if all(len(set(labels)) < 2 for labels in data["scores"]):
             raise ValueError(f"{root}: in {name} no two responses of a row differ in score")
     return sets
 
-def write_scores(folder, data, kinds, lengths):
-    """The scores of one model: FOLDER/SET.json. kinds: {kind: {set: [[score, ...], ...]}}."""
-    folder.mkdir(parents=True)
-    for name, rows in data.items():
-        out = []
-        for k, (i, domain, styles) in enumerate(zip(rows["id"], rows["domain"], rows["style"])):
-            scores = {kind: table[name][k] for kind, table in kinds.items()}
-            out.append(dict(id=i, domain=domain, tokens=lengths[name][k], **scores))
-            if styles:
-                average = scores["average"]
-                out[-1] |= dict(score_chosen=average[:3], score_rejected=average[3:])
-        (folder / f"{name}.json").write_text(json.dumps(out))
+def score_kinds(sums, ref, lengths):
+    """{kind: scores} of the responses of a set, all lists of lists; ref: the reference's sums."""
+    each = lambda f, a, b: [[f(x, y) for x, y in zip(*row)] for row in zip(a, b)]
+    out = dict(average=each(lambda s, n: s / n, sums, lengths), sum=sums)
+    return out | dict(implicit=each(lambda s, r: s - r, sums, ref)) if ref else out
+
+def write_scores(file, data, kinds, lengths):
+    """The scores of one model on one set; also by the names that RM-Bench's own code reads."""
+    rows = [dict(zip(("id", "domain", "tokens", *kinds), row))
+            for row in zip(data["id"], data["domain"], lengths, *kinds.values())]
+    for row, labels in zip(rows, data["scores"]):
+        side = lambda label: [s for s, x in zip(row["average"], labels) if x == label]
+        row |= dict(score_chosen=side(max(labels)), score_rejected=side(min(labels)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows))
 
 def main(args):
     if args.summary:
-        if len(args.summary) < 2:
-            raise ValueError("--summary wants the results of at least two seeds")
-        text = summary([Path(f) / "results.json" for f in args.summary])
+        runs = [json.loads((Path(f) / "results.json").read_text()) for f in args.summary]
+        bases = dict.fromkeys([*(run["ref"] for run in runs), "dpo", "simpo", "simpo@gamma=0"])
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        (Path(args.out) / "summary.md").write_text(text)
-        return print(f"{text}\n{args.out}/summary.md")
+        return write_tables(Path(args.out), merge(map(tables_of, runs), bases), {})
     if not (args.models and args.data):
         raise ValueError("wanted MODEL ... and --data, or --summary")
     device, sets = setup(), find_sets(Path(args.data))
@@ -365,9 +399,11 @@ def main(args):
     names = {p: n if short.count(n) == 1 else p.strip("/").replace("/", "_")
              for p, n in zip(paths, short)}
     make = begin(args.out, args, [args.data, *paths, *filter(None, [args.prompts])], redo=True)
+    logs = {names[path]: training_log(path) for path in paths}
     if make is None:
         results = json.loads((Path(args.out) / "results.json").read_text())
-        return print0(f"{main_tables(results)}\n{args.out} is complete; more in {args.out}/results.md")
+        print0(f"{args.out} is complete")
+        return dist.get_rank() or write_tables(Path(args.out), tables_of(results), logs)
     rows = [row for d in sets.values() for row in d.select(range(min(args.generate, len(d))))]
     prompts, sums = [row["prompt"] for row in rows], {}
     samples = {p: generate(p, prompts, args, device, f"{names[p]}: samples") for p in paths if rows}
@@ -382,30 +418,26 @@ def main(args):
         del scorer
     if dist.get_rank():
         return
-    lengths = {s: [[len(r) for r in rs] for rs in data["responses"]] for s, data in sets.items()}
-
-    def each(f, a, b):
-        return {s: [[f(*xy) for xy in zip(*rows)] for rows in zip(a[s], b[s])] for s in sets}
-
-    average = {path: each(lambda s, n: s / n, sums[path], lengths) for path in paths}
-    results = dict(
-        args=vars(args), ref=names.get(args.ref), models={}, generation={},
-        kinds=["average", "sum"] + ["implicit"] * bool(args.ref),
-        sets={s: any(data["style"]) for s, data in sets.items()},
-        longer_wins={s: measure(data, lengths[s]) for s, data in sets.items()},
-        audit={names[path]: audit(path) for path in paths},
-        versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     out, ref_rewards = make(), None
-    shutil.rmtree(out / "scores", ignore_errors=True)
+    lengths = {s: [[len(r) for r in rs] for rs in data["responses"]] for s, data in sets.items()}
+    labels = {s: {k: data[k][:] for k in ("scores", "style", "domain")} | dict(
+        prompt=[hash(tuple(p)) for p in data["prompt"]]) for s, data in sets.items()}
+    results = dict(
+        args=json.loads((out / "args.json").read_text()), ref=names.get(args.ref), models={},
+        kinds=["average", "sum"] + ["implicit"] * bool(args.ref), generation={},
+        audit={name: audit(lines) for name, lines in logs.items()},
+        longer_wins={s: measure(labels[s], lengths[s]) for s in sets},
+        absent={s: sections(labels[s])[2] for s in sets},
+        versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     for path in paths:
-        kinds, base = dict(average=average[path], sum=sums[path]), {}
-        if args.ref and path != args.ref:
-            kinds["implicit"] = each(lambda s, r: s - r, sums[path], sums[args.ref])
-            base = dict(average=average[args.ref])
-        results["models"][names[path]] = {
-            kind: {s: measure(data, scores[s], base[kind][s] if kind in base else None)
-                   for s, data in sets.items()} for kind, scores in kinds.items()}
-        write_scores(out / "scores" / names[path], sets, kinds, lengths)
+        every = results["models"][names[path]] = {kind: {} for kind in results["kinds"]}
+        for s in sets:
+            ref = sums[args.ref][s] if args.ref not in (None, path) else None
+            kinds = score_kinds(sums[path][s], ref, lengths[s])
+            write_scores(out / "scores" / names[path] / f"{s}.json", sets[s], kinds, lengths[s])
+            base = dict(average=ref and score_kinds(ref, None, lengths[s])["average"])
+            for kind, scores in kinds.items():
+                every[kind][s] = measure(labels[s], scores, base.get(kind))
         if answers:
             (out / f"answers-{names[path]}.json").write_text(json.dumps(answers[path], indent=1))
         if samples:
@@ -415,10 +447,9 @@ def main(args):
             ref_rewards = rewards if path == args.ref else ref_rewards  # the reference is first
             (out / f"samples-{names[path]}.json").write_text(json.dumps(lines, indent=1))
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    (out / "results.md").write_text(markdown(results))
     shutil.rmtree(args.out, ignore_errors=True)
     os.replace(out, args.out)
-    print(f"\n{main_tables(results)}\nmore: {args.out}/results.md")
+    write_tables(Path(args.out), tables_of(results), logs)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

@@ -85,10 +85,10 @@ install() { # requirements files into .venv, again when they change; a given PYT
   if [ -z "${PYTHON:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     PYTHON=$PWD/.venv/bin/python
-    if ! cat "$@" | cmp -s - ".venv/$#.installed"; then
+    if ! cat "$@" | cmp -s - ".venv/${*//\//_}.installed"; then
       echo "installing $* into .venv (a few minutes, once)"
       "$PYTHON" -m pip install -q --disable-pip-version-check $(printf -- ' -r %s' "$@")
-      cat "$@" > ".venv/$#.installed"
+      cat "$@" > ".venv/${*//\//_}.installed"
     fi
   elif ! "$PYTHON" -c "import torch, transformers, datasets, bitsandbytes, tqdm"; then
     "$PYTHON" -m pip install -q $(printf -- ' -r %s' "$@")

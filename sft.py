@@ -117,24 +117,31 @@ class Scorer(torch.nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm = lm
+        self.lm, self.squares = lm, False
 
     def forward(self, ids, positions, source, target, owner, last, layout):
-        """Summed log-probs (R,) in nats, fp32, of responses that `pack` packed; or their rewards."""
+        """Summed log-probs (R, 1) in nats, fp32, of responses that `pack` packed; or their rewards.
+        With self.squares (R, 2): beside them the sums of log sum_v pi(v)^2 over all tokens v."""
         hidden = self.lm.base_model(input_ids=ids[None], position_ids=positions[None],
                                     use_cache=False, layout=layout).last_hidden_state  # (1, T, D)
         if hasattr(self.lm, "score"):
-            return self.lm.score(hidden[0, last]).float().sum(-1)
+            return self.lm.score(hidden[0, last]).float()
         hidden = hidden[0].index_select(0, source)  # (N, D)
         chunks = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK))
         logps = [checkpoint(self.token_logps, h, y, use_reentrant=False) for h, y in chunks]
-        return torch.zeros(len(last), device=ids.device).index_add(0, owner, torch.cat(logps))  # (R,)
+        logps = torch.cat(logps)  # (N, 1 or 2)
+        return logps.new_zeros(len(last), logps.shape[1]).index_add(0, owner, logps)
 
     def token_logps(self, hidden, target):
         logits = self.lm.get_output_embeddings()(hidden).float()  # (chunk, V)
         if softcap := getattr(self.lm.config, "final_logit_softcapping", None):
             logits = softcap * torch.tanh(logits / softcap)
-        return -F.cross_entropy(logits, target, reduction="none")  # (chunk,)
+        logp = -F.cross_entropy(logits, target, reduction="none")[:, None]  # (chunk, 1)
+        if not self.squares:
+            return logp
+        with torch.no_grad():
+            square = torch.logsumexp(2 * logits, 1) - 2 * torch.logsumexp(logits, 1)
+        return torch.cat([logp, square[:, None]], 1)
 
 def load_config(path):
     """The config of a Hugging Face folder or hub id; ValueError if there is none."""
@@ -241,9 +248,11 @@ def pack(rows, similar):
     return ids, positions, source, target, owner, last, layout
 
 def score(scorer, rows, micro, device):
-    """Summed log-probs (R,) of all responses of the rows `micro`; a dummy is run, and has R = 0."""
+    """Summed log-probs (R,) of all responses of the rows `micro`; a dummy is run, and has R = 0.
+    With scorer.squares (2 R,): of each row its n log-probs, then its n sums of squares."""
     batch = pack([rows[i] for i in micro or [0]], 0.8 if device.type == "cpu" else math.inf)
     out = scorer(*tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch))
+    out = out.unflatten(0, (-1, len(rows[0][1]) if scorer.squares else 1)).mT.flatten()
     return out if micro else out[:0]
 
 # --------------------------------------------------------- optimiser, checkpoints, metrics, saving

@@ -33,7 +33,14 @@ def wilson(p, n):
 
 def table(scores, styles=None, domains=None):
     """The columns of a prepared set that metrics read."""
-    return dict(scores=scores, style=styles or [[]] * len(scores), domain=domains or [""] * len(scores))
+    n = len(scores)
+    return dict(scores=scores, style=styles or [[]] * n, domain=domains or [""] * n, prompt=list(range(n)))
+
+
+def estimate(right, total, stratum, weights):
+    """E.estimate of prompts in any order; weights of any sum."""
+    strata = {s: torch.tensor([(r, t) for r, t, x in zip(right, total, stratum) if x == s]).double() for s in weights}
+    return E.estimate(strata, {s: w / sum(weights.values()) for s, w in weights.items()})
 
 
 # --------------------------------------------------------------------------------------------------------------------- RM-Bench
@@ -60,20 +67,20 @@ def test_rm_bench_is_the_official_average(names):
     out = E.measure(columns, [c + r for _, c, r in rows])
     domains, overall = official(rows)
     assert [out[k]["accuracy"] for k in ("Easy", "Normal", "Hard")] == pytest.approx(overall)
-    assert out["Avg"] == pytest.approx(sum(overall) / 3)
-    assert set(out["domains"]) == set(domains)  # safety-refuse and safety-response are pooled, row by row
+    assert out["Avg"]["accuracy"] == pytest.approx(sum(overall) / 3)
+    assert set(out["Avg"]["domains"]) == set(domains)  # safety-refuse and safety-response are pooled, row by row
     for name, (cells, three) in domains.items():
-        got = out["domains"][name]
-        assert sum(got["matrix"], []) == pytest.approx(sum(cells, []))
-        assert [got[k] for k in ("Easy", "Normal", "Hard")] == pytest.approx(three)
-        assert got["Avg"] == pytest.approx(sum(three) / 3) == pytest.approx(sum(sum(cells, [])) / 9)
-        assert got["rows"] == sum(d.startswith(name) for d, _, _ in rows)
+        assert [[out[f"{i}>{j}"]["domains"][name] for j in range(3)] for i in range(3)] == [pytest.approx(line) for line in cells]
+        assert [out[k]["domains"][name] for k in ("Easy", "Normal", "Hard")] == pytest.approx(three)
+        assert out["Avg"]["domains"][name] == pytest.approx(sum(three) / 3) == pytest.approx(sum(sum(cells, [])) / 9)
+    assert E.sections(columns)[2] == [d for d in ("chat", "math", "code", "safety") if d not in domains]
     places = dict(Easy=[(1, 0), (2, 0), (2, 1)], Normal=[(0, 0), (1, 1), (2, 2)], Hard=[(0, 1), (0, 2), (1, 2)])
     for k, cells in places.items():
-        assert out[k]["ties"] == pytest.approx(sum(c[i] == r[j] for _, c, r in rows for i, j in cells) / 900)
-        assert (out[k]["comparisons"], out[k]["rows"]) == (900, 300) and out[k]["low"] < out[k]["accuracy"] < out[k]["high"]
+        shares = [[c[i] == r[j] for d, c, r in rows if d.startswith(name) for i, j in cells] for name in domains]
+        assert out[k]["ties"] == pytest.approx(sum(sum(x) / len(x) for x in shares) / len(domains))
+        assert (out[k]["comparisons"], out[k]["prompts"]) == (900, 300) and out[k]["low"] < out[k]["accuracy"] < out[k]["high"]
     shuffled = [3, 1, 5, 0, 2, 4]  # responses are told apart by label and style, not by place
-    mixed = {k: [[v[i] for i in shuffled] for v in columns[k]] for k in ("scores", "style")} | dict(domain=columns["domain"])
+    mixed = columns | {k: [[v[i] for i in shuffled] for v in columns[k]] for k in ("scores", "style")}
     assert E.measure(mixed, [[(c + r)[i] for i in shuffled] for _, c, r in rows]) == out
 
 
@@ -82,14 +89,14 @@ def test_rm_bench_is_the_official_average(names):
 
 def test_pairs_strictly_and_ties_are_wrong():
     out = E.measure(table([[1, 0], [0, 1], [2, 7], [1, 0], [1, 1]]), [[-1, -2], [-1, -2], [-3, -3], [-2, -1], [-1, -2]])[""]
-    assert (out["accuracy"], out["ties"], out["comparisons"], out["rows"]) == (1 / 4, 1 / 4, 4, 4) and "tau" not in out
+    assert (out["accuracy"], out["ties"], out["comparisons"], out["prompts"]) == (1 / 4, 1 / 4, 4, 4) and "tau" not in out
 
 
 def test_lists_compare_all_pairs_of_unequal_label():
     # labels 2 1 1 0, scores 4 3 9 3: of five pairs (not 1-1) 4>3, 4<9, 4>3, 3=3, 9>3: three right, one tie
     # labels 1 0 0, scores 7 6 8: 7>6, 7<8. Equal labels compare nothing
     out = E.measure(table([[2, 1, 1, 0], [1, 0, 0], [5, 5, 5]]), [[4, 3, 9, 3], [7, 6, 8], [1, 2, 3]])[""]
-    assert (out["accuracy"], out["ties"], out["comparisons"], out["rows"]) == (pytest.approx(4 / 7), pytest.approx(1 / 7), 7, 2)
+    assert (out["accuracy"], out["ties"], out["comparisons"], out["prompts"]) == (pytest.approx(4 / 7), pytest.approx(1 / 7), 7, 2)
     # tau-b: concordant 3, discordant 1; pairs untied in labels 5, in scores 5: 2/5. Then 1 - 1 over sqrt(2 * 3). Last: none
     assert out["tau"] == pytest.approx((2 / 5 + 0) / 2)
 
@@ -130,26 +137,28 @@ def test_all_ties_are_a_number_not_a_crash():
 def test_one_comparison_a_row_gives_wilson():
     # variance of a mean of n zeros and ones with n - 1 below: p (1 - p) / (n - 1), so Wilson's interval at n - 1
     for right, n in ((30, 40), (1, 12), (129, 300)):
-        p, low, high = E.estimate([1] * right + [0] * (n - right), [1] * n, [""] * n)
+        p, low, high = estimate([1] * right + [0] * (n - right), [1] * n, [""] * n, {"": 1})
         assert p == right / n and (low, high) == pytest.approx(wilson(right / n, n - 1), abs=1e-6)
     for right in (0, 25):  # no variance to be seen: Wilson at n
-        assert E.estimate([right // 25] * 25, [1] * 25, [""] * 25)[1:] == pytest.approx(wilson(right // 25, 25), abs=1e-6)
+        assert estimate([right // 25] * 25, [1] * 25, [""] * 25, {"": 1})[1:] == pytest.approx(wilson(right // 25, 25), abs=1e-6)
 
 
-def test_strata_are_averaged_plainly_and_their_variances_add():
+def test_strata_are_averaged_by_weight_and_their_variances_add():
     right, stratum = [1] * 90 + [0] * 10 + [1] * 4 + [0] * 16, ["chat"] * 100 + ["math"] * 20
-    p, low, high = E.estimate(right, [1] * 120, stratum)
-    variance = (0.9 * 0.1 / 99 + 0.2 * 0.8 / 19) / 4  # of (p1 + p2) / 2
-    assert p == pytest.approx((0.9 + 0.2) / 2) and (low, high) == pytest.approx(wilson(0.55, 0.55 * 0.45 / variance), abs=1e-6)
+    for weights, a, b in (({"chat": 1, "math": 1}, 0.5, 0.5), ({"chat": 50, "math": 150}, 0.25, 0.75)):
+        p, low, high = estimate(right, [1] * 120, stratum, weights)
+        variance = a**2 * 0.9 * 0.1 / 99 + b**2 * 0.2 * 0.8 / 19  # of a * p1 + b * p2
+        mean = a * 0.9 + b * 0.2
+        assert p == pytest.approx(mean) and (low, high) == pytest.approx(wilson(mean, mean * (1 - mean) / variance), abs=1e-6)
 
 
 def test_rows_not_comparisons_are_the_units():
     rng = random.Random(0)
     rows = [6 * (rng.random() < 0.7) for _ in range(60)]  # all six comparisons of a row stand or fall together
-    p, low, high = E.estimate(rows, [6] * 60, [""] * 60)
-    alone = E.estimate([r // 6 for r in rows], [1] * 60, [""] * 60)
+    p, low, high = estimate(rows, [6] * 60, [""] * 60, {"": 1})
+    alone = estimate([r // 6 for r in rows], [1] * 60, [""] * 60, {"": 1})
     assert (p, low, high) == pytest.approx(alone)
-    spread = E.estimate([1] * sum(rows) + [0] * (360 - sum(rows)), [1] * 360, [""] * 360)
+    spread = estimate([1] * sum(rows) + [0] * (360 - sum(rows)), [1] * 360, [""] * 360, {"": 1})
     assert spread[0] == pytest.approx(p) and high - low > 2 * (spread[2] - spread[1])  # sqrt(6) = 2.4
 
 
@@ -157,7 +166,7 @@ def test_rows_not_comparisons_are_the_units():
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6), st.sampled_from("abc")), min_size=1, max_size=20))
 def test_intervals_lie_in_zero_one_around_the_value(rows):
     right, total, stratum = zip(*((min(r, t), t, s) for r, t, s in rows))
-    p, low, high = E.estimate(right, total, stratum)
+    p, low, high = estimate(right, total, stratum, dict.fromkeys(stratum, 1))
     assert 0 <= low <= p + 1e-12 and p - 1e-12 <= high <= 1 and low < high
 
 
@@ -167,9 +176,73 @@ def test_the_interval_covers_the_truth():
         stratum = [rng.choice("xy") for _ in range(60)]
         rate = [rng.uniform(0.4, 1) if s == "x" else rng.uniform(0, 0.8) for s in stratum]
         total = [rng.randrange(1, 7) for _ in rate]
-        _, low, high = E.estimate([sum(rng.random() < q for _ in range(t)) for q, t in zip(rate, total)], total, stratum)
+        _, low, high = estimate([sum(rng.random() < q for _ in range(t)) for q, t in zip(rate, total)], total, stratum, dict(x=1, y=1))
         hits += low <= 0.55 <= high
     assert 0.92 < hits / runs < 0.98  # 0.95 +- 2.75 standard errors of 0.011
+
+
+def test_the_paired_bootstrap_has_the_spread_of_the_differences():
+    """300 prompts of +1, 0, -1: the standard error of their mean by arithmetic, within the noise of 1000 draws; 0 without changes."""
+    prompts = lambda *counts: torch.tensor([[0, 1, 0, won, lost] for n, won, lost in counts for _ in range(n)]).double()
+    low, high = E.bootstrap({"": prompts((90, 1, 0), (30, 0, 1), (180, 0, 0))}, {"": 1})
+    error = math.sqrt((120 - 300 * 0.2**2) / 299 / 300)
+    assert (low, high) == pytest.approx((0.2 - Z * error, 0.2 + Z * error), abs=0.2 * error)
+    assert E.bootstrap({"": prompts((9, 0, 0))}, {"": 1}) == [0, 0]
+    # two strata of 200; the draws of one do not go with those of the other: variances add
+    low, high = E.bootstrap(dict(x=prompts((100, 1, 0), (100, 0, 0)), y=prompts((100, 1, 0), (100, 0, 1))), dict(x=0.25, y=0.75))
+    error = math.sqrt((0.25**2 * 0.25 + 0.75**2 * 1) / 200)
+    assert high - low == pytest.approx(2 * Z * error, rel=0.1) and low < 0.125 < high
+
+
+def test_rows_of_one_prompt_are_one_unit():
+    """40 prompts, each three times over, all three rows right or wrong together: the interval of 40, not of 120; so for the gain."""
+    right = [k % 4 > 0 for k in range(40) for _ in range(3)]
+    data = table([[1, 0]] * 120) | dict(prompt=[k // 3 for k in range(120)])
+    scores, base = [[r, 0.5] for r in right], [[0, 1]] * 120
+    out = E.measure(data, scores, base)[""]
+    once = E.measure(table([[1, 0]] * 40), scores[::3], base[::3])[""]
+    assert (out["prompts"], out["comparisons"]) == (40, 120)
+    assert all(out[k] == pytest.approx(once[k]) for k in ("accuracy", "low", "high", "gain", "gain_low", "gain_high"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- suites of domains
+
+
+def reward_bench(rows):
+    """RewardBench's calculate_scores_per_section, from its description: {subset: accuracy} -> {section: mean weighted by the
+    published numbers of examples, of the subsets that are there}. The published totals: 358, 456, 740 prompts; math-prm counts 984."""
+    sections = dict(
+        Chat=dict(alpacaeval_easy=100, alpacaeval_length=95, alpacaeval_hard=95, mt_bench_easy=28, mt_bench_med=40),
+        Chat_Hard=dict(mt_bench_hard=37, llmbar_natural=100, llmbar_adver_neighbor=134, llmbar_adver_GPTInst=92, llmbar_adver_GPTOut=47,
+                       llmbar_adver_manual=46),
+        Safety=dict(refusals_dangerous=100, refusals_offensive=100, xstest_should_refuse=154, xstest_should_respond=250, donotanswer=136),
+        Reasoning=dict(math_prm=984, **{f"hep_{x}": 164 for x in ("cpp", "go", "java", "js", "python", "rust")}))
+    assert [sum(x.values()) for x in sections.values()] == [358, 456, 740, 984 * 2]
+    return {k: sum(n * rows[d] for d, n in x.items() if d in rows) / sum(n for d, n in x.items() if d in rows)
+            for k, x in sections.items() if rows.keys() & x.keys()}
+
+
+@pytest.mark.parametrize("absent", ["", "math_prm mt_bench_med", "alpacaeval_easy alpacaeval_length alpacaeval_hard mt_bench_easy mt_bench_med"])
+def test_reward_bench_sections(absent):
+    rng, names = random.Random(7), [d.replace("-", "_") for section in E.SUITES["RewardBench"].values() for d in section]
+    domains = [rng.choice([d for d in names if d not in absent.split()]) for _ in range(600)]
+    right = [rng.random() < 0.4 + 0.5 * (hash(d) % 2) for d in domains]
+    out = E.measure(table([[1, 0]] * 600, None, [d.replace("_", "-") for d in domains]), [[r, 0.5] for r in right])
+    rates = {d: sum(r for r, x in zip(right, domains) if x == d) / domains.count(d) for d in domains}
+    expected = reward_bench(rates)
+    assert {k.replace(" ", "_"): v["accuracy"] for k, v in out.items() if k != "Avg"} == pytest.approx(expected)
+    assert out["Avg"]["accuracy"] == pytest.approx(sum(expected.values()) / len(expected))  # the leaderboard's score
+    assert sorted(E.sections(table([[1, 0]] * 600, None, [d.replace("_", "-") for d in domains]))[2]) == sorted(
+        x.replace("_", "-") for x in absent.split())
+
+
+def test_llmbar_has_natural_and_adversarial_apart():
+    """Natural 1 of 2 right; adversarial subsets 1 of 1, 0 of 3, 1 of 2, 1 of 1, each counting the same: 2.5 / 4."""
+    domains = ["natural"] * 2 + ["adver-neighbor"] + ["adver-GPTInst"] * 3 + ["adver-GPTOut"] * 2 + ["adver-manual"]
+    right = [1, 0, 1, 0, 0, 0, 1, 0, 1]
+    out = E.measure(table([[1, 0]] * 9, None, [f"llmbar-{d}" for d in domains]), [[r, 0.5] for r in right])
+    assert {k: v["accuracy"] for k, v in out.items()} == dict(Natural=0.5, Adversarial=0.625)
+    assert set(E.measure(table([[1, 0]] * 2, None, ["llmbar-natural", "mine"]), [[1, 0], [1, 0]])) == {""}  # no suite has `mine`
 
 
 # -------------------------------------------------------------------------------------------------------------------- end to end
@@ -252,16 +325,24 @@ def test_a_copy_of_the_reference_ties_everywhere(world):
 
 def test_the_table_has_a_row_for_every_model_and_kind(world, results):
     text = (world / "out/results.md").read_text()
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.split("\n\n")[1].splitlines()]
-    assert sorted(cells[0][2:]) == ["Easy", "Hard", "Normal", "lists", "pairs"]
-    assert all(len(row) == 7 and all(row[2:]) for row in cells)
-    wanted = [*itertools.product("ab", ("average", "sum")), ("b", "implicit")]
-    assert sorted((r[0], r[1]) for r in cells[2:] if r[1]) == sorted(wanted)
-    assert [r[0] for r in cells[2:] if not r[1]] == ["the longer one wins"]
-    b = next(r for r in cells if r[:2] == ["b", "sum"])[cells[0].index("pairs")]
+    tables = {part.split("\n\n")[0]: [[c.strip() for c in line.strip("|").split("|")] for line in part.split("\n\n")[1].splitlines()]
+              for part in text.strip().replace("|\n\n", "|\n\0").split("\n\0")}
+    for kind, models in dict(average="ab", sum="ab", implicit="b").items():
+        head, _, *lines = tables[f"Ranking accuracy by {kind}, %"]
+        assert sorted(head[1:]) == ["Avg", "Easy", "Hard", "Normal", "lists", "pairs"] and all(all(line) for line in lines)
+        assert [line[0] for line in lines] == [*models, "the longer one wins"]
+    cell = dict(zip(*(tables["Ranking accuracy by sum, %"][k] for k in (0, 3))))
     got = results["models"]["b"]["sum"]["pairs"][""]
-    assert b == f"{100 * got['accuracy']:.1f} [{100 * got['low']:.1f}, {100 * got['high']:.1f}]"
-    assert "code, safety absent" in text and E.markdown(results) == text
+    assert cell["model"] == "b" and cell["pairs"] == f"{100 * got['accuracy']:.1f} [{100 * got['low']:.1f}, {100 * got['high']:.1f}]"
+    head, _, line = tables["Minus a, by average, %"]
+    got = results["models"]["b"]["average"]["bench"]["Hard"]
+    assert dict(zip(head, line))["Hard"] == f"{100 * got['gain']:.1f} [{100 * got['gain_low']:.1f}, {100 * got['gain_high']:.1f}]"
+    assert got["gain"] == pytest.approx(got["won"] - got["lost"])
+    title = "bench by domain, by average, % (code, safety absent: not comparable to published numbers)"
+    head, _, *lines = tables[title]
+    assert dict(zip(head, lines[1]))["math Avg"] == f"{100 * results['models']['b']['average']['bench']['Avg']['domains']['math']:.1f}"
+    assert len(tables["bench, chosen in style i beats rejected in style j (i>j), by average, %"][0]) == 10
+    assert E.markdown(E.tables_of(results)) == text
 
 
 def test_batching_changes_nothing(world, results):
@@ -280,9 +361,10 @@ def test_one_set_and_a_second_call(world, capsys):
         outputs.append(capsys.readouterr().out)
         stamps.append((world / "single/results.json").stat().st_mtime_ns)
     table = (world / "single/results.md").read_text().split("\n\n")[1]
-    assert "| a | sum |" in table and all(table in text for text in outputs)
+    assert "\n| a | " in table and all(table in text for text in outputs)
     assert "complete" in outputs[1] and stamps[0] == stamps[1]  # nothing was written again
-    assert list(json.loads((world / "single/results.json").read_text())["sets"]) == ["pairs"]
+    results = json.loads((world / "single/results.json").read_text())
+    assert list(results["longer_wins"]) == ["pairs"] and results["args"]["inputs"].keys() == {str(world / "a"), str(world / "eval/pairs")}
 
 
 @pytest.mark.parametrize("model, data", [("none", "eval"), ("a", "none"), ("a", "a"), ("empty", "eval"), ("a", "tied")])
@@ -361,22 +443,49 @@ def test_instructions_are_answered_as_alpaca_eval_reads_them(models, data, tmp_p
     assert len(samples) == 2 and numbers[name]["tokens"] <= 5
 
 
+def result(folder, models, generation=()):
+    """A results.json with one set, ID: {model: accuracy}."""
+    cell = lambda p: {"": dict(accuracy=p, low=p - 0.1, high=p + 0.1)}
+    results = dict(ref="sft", kinds=["average"], models={m: dict(average=dict(ID=cell(p))) for m, p in models.items()}, audit={},
+                   longer_wins=dict(ID=cell(0.4)), absent=dict(ID=[]), generation=dict(generation))
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
 def test_summary_over_seeds_by_hand(tmp_path):
     """Two seeds, dpo 60 and 64, amapo 70 and 80: means 62 and 75, deviations 2.83 and 7.07; amapo - dpo = 10, 16: 13 +- 12.706 * 3."""
     for k, (a, b) in enumerate(((0.6, 0.7), (0.64, 0.8))):
-        cell = lambda p: dict(average=dict(ID={"": dict(accuracy=p)}))
-        results = dict(ref="sft", kinds=["average"], sets=dict(ID=False), models=dict(sft=cell(0.5), dpo=cell(a), amapo=cell(b)))
-        (tmp_path / str(k)).mkdir()
-        (tmp_path / str(k) / "results.json").write_text(json.dumps(results))
+        result(tmp_path / str(k), dict(sft=0.5, dpo=a, amapo=b), dict(amapo=dict(kl=k + 1.0)))
     run_here("evaluate.py", "--summary", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "o")
-    lines = (tmp_path / "o/summary.md").read_text().splitlines()
-    assert "| dpo | average | 62.0 (2.8) |" in lines and "| amapo | average | 75.0 (7.1) |" in lines
-    assert "| amapo | average | +13.0 ± 38.1 |" in lines and "| amapo | average | +25.0 ± 63.5 |" in lines
-    assert "| sft | average | -12.0 ± 25.4 |" in lines
+    lines = (tmp_path / "o/results.md").read_text().splitlines()
+    assert "| dpo | 62.0 (2.8) |" in lines and "| amapo | 75.0 (7.1) |" in lines and "| amapo | 1.500 (0.707) |" in lines
+    assert "| amapo | 13.0 [-25.1, 51.1] |" in lines and "| amapo | 25.0 [-38.5, 88.5] |" in lines
+    assert "| sft | -12.0 [-37.4, 13.4] |" in lines
+
+
+def test_a_summary_joins_models_and_tabulates_again(world, results, tmp_path):
+    """Models of two results stand in one table; one result alone gives its own results.md back."""
+    result(tmp_path / "0", dict(sft=0.5, dpo=0.6))
+    result(tmp_path / "1", dict(simpo=0.7))
+    run_here("evaluate.py", "--summary", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "o")
+    lines = (tmp_path / "o/results.md").read_text().splitlines()
+    assert "| dpo | 60.0 [50.0, 70.0] |" in lines and "| simpo | 70.0 [60.0, 80.0] |" in lines
+    run_here("evaluate.py", "--summary", world / "out", "--out", tmp_path / "again")
+    assert (tmp_path / "again/results.md").read_text() == (world / "out/results.md").read_text()
+
+
+def test_figures_where_matplotlib_is_installed(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not a requirement")
+    line = {f"{a}_{b}": 0.3 for a in ("pairs", "grad") for b in ("misranked", "barely", "well")}
+    logs = dict(dpo=[line | dict(step=k, accuracy=0.5, margin=k, logp_chosen=-k, logp_rejected=-k) for k in range(9)])
+    tables = {"last third": dict(dpo={k.replace("_", " "): [30.0] for k in line}), "Samples": dict(dpo=dict(kl=[1.0], reward=[0.5]))}
+    E.write_tables(tmp_path, tables, logs)
+    assert (tmp_path / "figures.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_audit_reads_the_first_and_the_last_third(tmp_path):
     line = lambda x: {f"{a}_{b}": x for a in ("pairs", "grad") for b in ("misranked", "barely", "well")}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line(x)) + "\n" for x in (1, 2, 3, 4, 5, 6, 7)))
-    first, last = E.audit(tmp_path)  # thirds of 7 steps have 3
-    assert first["grad_well"] == 2 and last["pairs_misranked"] == 6 and E.audit(tmp_path / "none") is None
+    first, last = E.audit(E.training_log(tmp_path))  # thirds of 7 steps have 3
+    assert first["grad_well"] == 2 and last["pairs_misranked"] == 6 and E.audit(E.training_log(tmp_path / "none")) == []

@@ -30,6 +30,7 @@ def batch(seed=0, size=G, scale=20.0):
     head = torch.rand(4, size, generator=g, dtype=torch.float64)  # the share of a sum that the first min(nw, nl) tokens have
     m, (ref_w, ref_l, *_) = torch.minimum(nw, nl), supply["ref"]
     supply |= dict(pi_head=Logps(head[0] * w, head[1] * l, m, m), ref_head=Logps(head[2] * ref_w, head[3] * ref_l, m, m))
+    supply["pi_square"] = Logps(draw(), draw(), nw, nl)
     return supply
 
 
@@ -99,7 +100,7 @@ def test_finite_at_extremes(name, dtype):
     n = torch.ones_like(r)
     w, l = (r.clamp(max=0.0)).requires_grad_(), (-r.clamp(min=0.0)).requires_grad_()
     supply = batch(3) | dict(pi=Logps(w, l, n, n), ref=Logps(-n, -n, n, n), gap=n, kl=r)
-    supply |= dict(pi_head=supply["pi"], ref_head=supply["ref"])
+    supply |= dict(pi_head=supply["pi"], ref_head=supply["ref"], pi_square=supply["ref"])
     for index in (slice(None), slice(0, 1), slice(10, 12), slice(5, 7)):  # whole; one pair; equal r; all zero
         out = call(name, pick(supply, index))
         grads = torch.autograd.grad(out.sum(), (w, l))
@@ -158,6 +159,7 @@ BY_HAND = {  # (loss, hyper-parameters): value
     ("aot", "beta=0.1"): -ls(0.15), ("aot", "beta=0.1 paired=false"): -ls(0.15),
     ("betadpo", "beta=0.1 keep=1"): -ls(0.15), ("reward", ""): -ls(2.0),
     ("ld_dpo", "beta=0.1 alpha=0.25"): -ls(0.1 * ((0.75 * 2 + 0.25 * 1) + 0.5)),  # chosen: 2 in the head, 1 in all
+    ("wpo", "beta=0.1"): -math.exp((-10 + 5) / 5 + (-12 + 14) / 4) * ls(0.15),  # s = -1 and 0.5: weight e^-0.5
     ("kto", "beta=0.1 lam_w=2"): 0.5 * (2 * (1 - sig(0.1 * (1 - 0.3))) + 1 - sig(0.1 * (0.3 + 0.5))),
 }
 
@@ -166,10 +168,17 @@ BY_HAND = {  # (loss, hyper-parameters): value
 def test_value_of_one_pair(name, hp):
     one = lambda *x: [torch.tensor([v], dtype=torch.float64) for v in x]
     supply = dict(pi=Logps(*one(-10.0, -12.0, 5.0, 4.0)), ref=Logps(*one(-11.0, -11.5, 5.0, 4.0)), state={})
-    supply |= dict(gap=one(2.0)[0], kl=one(0.3)[0])  # the first min(5, 4) tokens have -7 of -10, and all of -12; -9 of -11, all of -11.5
+    supply |= dict(gap=one(2.0)[0], kl=one(0.3)[0], pi_square=Logps(*one(-5.0, -14.0, 5.0, 4.0)))  # the first min(5, 4) tokens have -7 of -10, and all of -12; -9 of -11, all of -11.5
     supply |= dict(pi_head=Logps(*one(-7.0, -12.0, 4.0, 4.0)), ref_head=Logps(*one(-9.0, -11.5, 4.0, 4.0)))
     out = call(name, supply, **configure(name, hp.split())[1])
     assert out.item() == pytest.approx(BY_HAND[name, hp], rel=1e-9, abs=1e-12)
+
+
+def test_wpo_weighs_a_pair_by_one_at_most():
+    """s = 1 and -0.25: e^0.75 is cut to 1, so DPO's value."""
+    one = lambda *x: Logps(*(torch.tensor([v], dtype=torch.float64) for v in x))
+    out = LOSSES["wpo"](one(-10.0, -12.0, 5.0, 4.0), one(-11.0, -11.5, 5.0, 4.0), one(-15.0, -11.0, 5.0, 4.0), beta=0.1)
+    assert out.item() == pytest.approx(-ls(0.15))
 
 
 @pytest.mark.parametrize("r, form, expected", [  # worked by hand from the two formulas, beta = 2
