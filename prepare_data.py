@@ -7,20 +7,13 @@ Every data set becomes a `datasets` folder of rows, a prompt with n scored respo
 
 n is 1 for demonstrations, 2 for pairs (scores [1, 0] or the data's own), 6 for RM-Bench. A prompt
 holds the one BOS (if the model has one) and the generation prompt, a response one end token, last.
+Writes OUT/sft, train, eval/NAME, tokenizer (with the chat template), report.json; for toy also model.
 
     python prepare_data.py --model toy --out runs/data       # the toy world with all its sets: 40 s
     python prepare_data.py --model DIR --sft a.jsonl --prefs b.jsonl --eval ID=c.jsonl --out D
 
-A source is toy:SPLIT[+noise=0.2], a hub id (or id:split), a .json / .jsonl / .jsonl.gz / .parquet
-file, a folder of those, or a `datasets` folder; commas join several. Rows are told apart by keys:
-
-    {prompt, completion}  {messages}        demonstrations, one for each assistant turn
-    {prompt, chosen, rejected}              a pair: strings, or message lists
-    {prompt, responses, scores}             a scored list
-    {instruction, response_1_text, ..., all_scores}   the same in RM-Robustness (arXiv 2505.07271)
-    {prompt, chosen[3], rejected[3]}        RM-Bench (arXiv 2410.16184): concise, detailed, markdown
-
-Writes OUT/sft, train, eval/NAME, tokenizer (with the chat template), report.json; for toy also model.
+A source is toy:SPLIT[+noise=0.2], a hub id (or id:split), a .json / .jsonl / .gz / .parquet file,
+a `datasets` folder, a set written here, a folder of those; commas join several. Rows: see SHAPES.
 """
 
 import argparse
@@ -33,12 +26,15 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import zlib
 from collections import Counter
 from pathlib import Path
 
 import jinja2
+import tokenizers
 import transformers
+from datasets import Dataset, Features, List, Value, load_dataset, load_from_disk
 
 # --------------------------------------------------------------------------------- the toy world
 # Lists of digits, tasks with one right answer, writers of different skill, three styles. Labels: for training
@@ -57,8 +53,7 @@ TASKS = {  # name: (domain, request, right answer); the last four are held out o
     "minus": ("digits", "Subtract one from every item", lambda x: [(d - 1) % 10 for d in x]),
     "even": ("select", "Keep the items at even positions", lambda x: x[1::2]),
 }
-substitute = lambda rng, y, x: [
-    *y[: (i := rng.randrange(len(y)))], (y[i] + rng.randrange(1, 10)) % 10, *y[i + 1 :]]
+substitute = lambda rng, y, x: [*y[: (i := rng.randrange(len(y)))], (y[i] + rng.randrange(1, 10)) % 10, *y[i + 1 :]]
 WRITERS = {  # name: (how often right, else (rng, right answer, given list) -> wrong answer)
     "expert": (0.95, substitute),
     "good": (0.75, substitute),
@@ -138,9 +133,6 @@ def toy_row(rng, task, x, writers, n, part):
 
 def toy_model(out, seed):
     """A random 0.77M-parameter Llama and a byte-level BPE tokenizer, an ordinary model folder."""
-    import tokenizers
-    import torch
-
     bpe, special = tokenizers.ByteLevelBPETokenizer(), ["<pad>", "<bos>", "<user>", "<assistant>", "<end>"]
     texts = [row["prompt"] + " " + row["completion"] for row in toy_rows("sft", seed)]
     bpe.train_from_iterator(texts, vocab_size=512, special_tokens=special, show_progress=False)
@@ -149,7 +141,7 @@ def toy_model(out, seed):
         additional_special_tokens=["<user>", "<assistant>"], clean_up_tokenization_spaces=False)
     tok.chat_template = ("{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
-    torch.manual_seed(seed)
+    transformers.set_seed(seed)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
         num_attention_heads=4, max_position_embeddings=512, bos_token_id=tok.bos_token_id,
@@ -158,76 +150,99 @@ def toy_model(out, seed):
 
 # --------------------------------------------------------------------------- sources and shapes
 def read_source(source, seed=0):
-    """The raw rows of a source, dicts. Without a `domain` they get the file's stem as theirs."""
-    if "," in source:
-        return [row for part in source.split(",") if part for row in read_source(part, seed)]
-    if source.startswith("toy:"):
-        return toy_rows(source[4:], seed)
+    """[(where it stands, raw row)] of a source. Without a `domain` a row gets the file's stem as its own."""
     path, files = Path(source), r".*\.(jsonl?(\.gz)?|parquet)"
+    if "," in source or path.is_dir() and not list(path.glob("dataset_*.json")):
+        inside = (str(f) for f in path.iterdir() if f.is_dir() or re.fullmatch(files, f.name))
+        parts = source.split(",") if "," in source else sorted(inside)
+        return [row for part in parts if part for row in read_source(part, seed)]
+    if source.startswith("toy:"):
+        return [(source, row) for row in toy_rows(source[4:], seed)]
     if path.is_file() and path.suffix != ".parquet":
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-                text = f.read()
+            text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode()
             lines = [text] if text.lstrip()[:1] == "[" else filter(str.strip, text.split("\n"))
             rows = [row for x in map(json.loads, lines) for row in (x if isinstance(x, list) else [x])]
         except ValueError as error:
             raise ValueError(f"{source}: not JSON, nor JSON lines ({error})") from None
-    elif path.is_dir() and not list(path.glob("dataset_*.json")):
-        names = sorted(str(f) for f in path.iterdir() if re.fullmatch(files, f.name))
-        rows = [row for name in names for row in read_source(name, seed)]
+    elif path.is_file():
+        rows = Dataset.from_parquet(source)
+    elif path.is_dir():
+        rows = load_from_disk(source)
+        rows = [row for part in (rows.values() if isinstance(rows, dict) else [rows]) for row in part]
+        rows = [json.loads(row["meta"]) if {"meta", "style"} <= {*row} else row for row in rows]
+    elif re.fullmatch(files, source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:\S+)?", source):
+        raise ValueError(f"{source}: no such file or folder, nor a hub id (owner/name[:split])")
     else:
-        import datasets
+        rows = load_dataset(source.split(":")[0], split=source.partition(":")[2] or "train")
+    own = lambda row: row | dict(domain=row.get("domain") or path.name.split(".")[0])
+    return [(f"{source}, row {k}", own(row) if isinstance(row, dict) else row) for k, row in enumerate(rows, 1)]
 
-        if path.is_file():
-            rows = datasets.Dataset.from_parquet(source).to_list()
-        elif path.is_dir():
-            rows = datasets.load_from_disk(source)
-            rows = [row for part in (rows.values() if isinstance(rows, dict) else [rows]) for row in part]
-        elif re.fullmatch(files, source) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:\S+)?", source):
-            raise ValueError(f"{source}: no such file or folder, nor a hub id (owner/name[:split])")
-        else:
-            name, _, split = source.partition(":")
-            rows = datasets.load_dataset(name, split=split or "train").to_list()
-    if not rows:
-        raise ValueError(f"{source}: no rows")
-    return [row | dict(domain=row.get("domain") or path.name.split(".")[0]) if isinstance(row, dict) else row for row in rows]
+class Dropped(Exception):
+    """Why a row or a response is left out; counted in the report."""
 
-messages = lambda x, role="user": [dict(role=role, content=x)] if isinstance(x, str) else list(x)
+def messages(x, role="user"):
+    """A text, hh-rlhf's turns in one, a message or a list of them ({role, content} or {from, value}) -> messages."""
+    if role == "assistant" and str(x).startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant):", x)
+        x = [{"from": who.lower(), "value": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
+    turns = x if isinstance(x, list) else [x] if isinstance(x, dict) else [dict(role=role, content=x)]
+    roles = [dict(human="user", gpt="assistant").get(t.get("from"), t.get("role") or t["from"]) for t in turns]
+    said = [t.get("content", t.get("value")) for t in turns]  # an answer that is not a text counts as an empty one
+    return [dict(role=r, content="" if r == "assistant" and not isinstance(x, str) else x) for r, x in zip(roles, said)]
 
-def parse_demonstrations(row):
-    """A raw row -> [(prompt messages, [response], [score], style)], one for each assistant turn."""
-    turns = row.get("messages", [])
-    if {"prompt", "completion"} <= set(row):
-        turns = messages(row["prompt"]) + messages(row["completion"], "assistant")
-    answers = [k for k, turn in enumerate(turns) if turn["role"] == "assistant" and k]
-    if not answers:
-        raise ValueError(f"has the keys {[*row]}, not prompt and completion, or messages with an answer")
-    return [(turns[:k], [turns[k]["content"]], [1.0], []) for k in answers]
+pair = lambda row: ([row["chosen"], row["rejected"]], [a, b]  # in a tie the label decides
+                    if (a := row.get("score_chosen", 1)) > (b := row.get("score_rejected", 0)) else [1, 0])
+several = lambda row: (row["chosen"] + row["rejected"], [1] * len(row["chosen"]) + [0] * len(row["rejected"]))
+form = lambda x: "str" if not isinstance(x, list) else "list" if x and isinstance(x[0], dict) else f"{len(x)}"
+SHAPES = {  # name: (kind, keys that tell it, row -> answers and scores, a conversation, or a remedy)
+    "TRL unpaired": ("", "prompt completion label", "pair good with bad; for --sft keep the good, without label"),
+    "ShareGPT": ("prefs", "conversations chosen rejected", pair),
+    "UltraFeedback binarized": ("prefs", "prompt chosen:list rejected:list score_chosen score_rejected", pair),
+    "princeton-nlp": ("prefs", "prompt chosen:list rejected:list all_rm_scores", pair),
+    "RewardBench": ("prefs", "prompt chosen:str rejected:str subset", pair),
+    "TRL standard": ("prefs", "prompt chosen:str rejected:str", pair),
+    "TRL conversational": ("prefs", "chosen:list rejected:list", pair),
+    "hh-rlhf": ("prefs", "chosen:str rejected:str", pair),
+    "RewardBench 2": ("prefs", "prompt chosen rejected num_correct", several),
+    "RM-Bench": ("prefs", "prompt chosen:3 rejected:3", several),  # 3 texts each: concise, detailed, markdown
+    "scored list": ("prefs", "prompt responses scores", lambda r: (r["responses"], r["scores"])),
+    "scored list, rewards": ("prefs", "prompt responses rewards", lambda r: (r["responses"], r["rewards"])),
+    "UltraFeedback": ("prefs", "prompt completions", lambda r: (
+        [c["response"] for c in r["completions"]], [c["overall_score"] for c in r["completions"]])),
+    "RM-Robustness": ("prefs", "prompt response_1_text all_scores", lambda r: (
+        [r[f"response_{k + 1}_text"] for k in range(len(r["all_scores"]))], r["all_scores"])),
+    "labelled pair": ("prefs", "prompt output_1 output_2 label", lambda r: (
+        [r["output_1"], r["output_2"]], {1: [1, 0], 2: [0, 1]}[r["label"]])),
+    "prompt-completion": ("sft", "prompt completion", lambda r: messages(r["prompt"]) + messages(r["completion"], "assistant")),
+    "messages": ("sft", "messages", lambda r: messages(r["messages"]))}
 
-def parse_preference(row):
-    """A raw row -> (prompt messages, responses, scores, styles); ValueError if it is none."""
-    if scores := row.get("all_scores"):  # RM-Robustness
-        texts = [row[f"response_{k + 1}_text"] for k in range(len(scores))]
-        row = dict(prompt=row["instruction"], responses=texts, scores=scores)
-    if {"prompt", "responses", "scores"} <= set(row):
-        texts, scores = row["responses"], [float(score) for score in row["scores"]]
-        if not isinstance(texts, list) or len(texts) != len(scores) or not all(map(math.isfinite, scores)):
-            raise ValueError("has not a list of responses and a finite score for each")
-        return messages(row["prompt"]), texts, scores, []
-    if not {"chosen", "rejected"} <= set(row):
-        raise ValueError(f"has the keys {[*row]}, not prompt, chosen, rejected, or prompt, responses, scores")
-    chosen, rejected = (messages(row[key], "assistant") for key in ("chosen", "rejected"))
-    if isinstance(chosen[0], str):  # RM-Bench
-        if (len(chosen), len(rejected)) != (3, 3):
-            raise ValueError(f"has {len(chosen)} and {len(rejected)} answers; RM-Bench has 3 and 3")
-        return messages(row["prompt"]), chosen + rejected, [1.0] * 3 + [0.0] * 3, [0, 1, 2] * 2
-    if chosen[:-1] != rejected[:-1] or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
-        raise ValueError("has chosen and rejected that are not two answers to one conversation")
-    scores = [float(row.get("score_chosen", 1)), float(row.get("score_rejected", 0))]
-    scores = scores if scores[0] > scores[1] else [1.0, 0.0]  # the label decides, also in a tie
-    texts = [chosen[-1]["content"], rejected[-1]["content"]]
-    prompt = max(chosen[:-1], messages(row.get("prompt", [])), key=len)  # either may hold it
-    return prompt, texts, scores, []
+def parse(row, kind):
+    """A row -> (its shape, [(prompt messages, answers, scores, styles)]); a demonstration for each assistant turn."""
+    asked = row.get("conversations") or "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
+    row = dict(prompt=asked) | row if asked else row
+    has = {*row, *(f"{key}:{form(x)}" for key, x in row.items())}
+    fits = {name: read for name, (side, keys, read) in SHAPES.items() if side in kind and {*keys.split()} <= has}
+    shape, read = next(iter(fits.items()), ("no known shape", "rename them, prepare_data.py lists the shapes"))
+    if len({*fits.values()}) > 1 and kind in ("sft", "prefs") and shape != "TRL unpaired":
+        read = "ambiguous, remove the keys of all but one"
+    if isinstance(read, str):
+        raise ValueError(f"has the keys {[*row]}, {' or '.join(fits) or shape}: {read}")
+    if SHAPES[shape][0] == "sft":
+        talk = read(row)
+        items = [(talk[:k], [t["content"]], [1.0], []) for k, t in enumerate(talk) if t["role"] == "assistant" and k]
+    else:
+        answers, scores = read(row)
+        talks, scores = [messages(x, "assistant") for x in answers], [float(x) for x in scores]
+        if not isinstance(answers, list) or len(talks) != len(scores) or not all(map(math.isfinite, scores)):
+            raise ValueError("has not a list of answers and a finite score for each")
+        if len(talks) < 2 or any(t[:-1] != talks[0][:-1] or t[-1]["role"] != "assistant" for t in talks):
+            raise Dropped("not two answers to one prompt")
+        prompt = max(talks[0][:-1], messages(row.get("prompt", [])), key=len)  # either may hold it
+        items = [(prompt, [t[-1]["content"] for t in talks], scores, [0, 1, 2] * 2 * (shape == "RM-Bench"))]
+    if not items or not all(prompt and all(isinstance(t["content"], str) for t in prompt) for prompt, *_ in items):
+        raise ValueError("has no prompt (add the key prompt), no answer, or a turn that is not a text")
+    return shape, items
 
 # ------------------------------------------------------------------------ chat template, tokens
 PLAIN_TEMPLATE = (  # for tokenizers that have none; saved with the model
@@ -256,9 +271,8 @@ def render(tok, turns, **kwargs):
             raise Dropped("refused by the chat template") from None
         first = dict(turns[1], content=turns[0]["content"] + "\n\n" + turns[1]["content"])
         return render(tok, [first, *turns[2:]], **kwargs)
-    bos = tok.bos_token
-    bare = bos and not text.startswith(bos) and tok("").input_ids[:1] == [tok.bos_token_id]
-    return bos + text if bare else text
+    bare = tok.bos_token and not text.startswith(tok.bos_token) and tok("").input_ids[:1] == [tok.bos_token_id]
+    return tok.bos_token + text if bare else text
 
 @functools.lru_cache(8)
 def end_of_turn(tok):
@@ -268,9 +282,6 @@ def end_of_turn(tok):
     special = {i for i, t in tok.added_tokens_decoder.items() if t.special}
     ids = tok(tail, add_special_tokens=False).input_ids
     return next((i for i in ids if i in special), tok.eos_token_id), tail
-
-class Dropped(Exception):
-    """Why a response is left out; counted in the report."""
 
 def encode_prompt(tok, turns):
     """Token ids of head = template(turns, generation prompt), with one BOS if the model has one."""
@@ -283,21 +294,15 @@ def encode_response(tok, turns, answer, prompt):
     """Token ids of an answer to the prompt with the ids `prompt`, one end token last:
     full = template(turns + answer), response = full[len(head):]. No answer is templated alone."""
     end, tail = end_of_turn(tok)
-    full = render(tok, [*turns, dict(role="assistant", content=answer)])
-    text = full[: len(full) - len(tail)] + tok.convert_ids_to_tokens(end)
-    ids = tok(text, add_special_tokens=False).input_ids
+    text = render(tok, [*turns, dict(role="assistant", content=answer)]).removesuffix(tail)
+    ids = tok(text + tok.convert_ids_to_tokens(end), add_special_tokens=False).input_ids
     if ids[: len(prompt)] != prompt:
-        head = render(tok, turns, add_generation_prompt=True)
-        if not full.startswith(head):
-            raise ValueError(f"the chat template is not prefix-stable: {full!r} after {head!r}")
-        raise Dropped("tokens merge across the prompt's end")
+        raise Dropped("prompt is no prefix: tokens merge at its end, or the template changes it")
     if {end, tok.bos_token_id, tok.eos_token_id} & {*ids[len(prompt) : -1]}:
         raise Dropped("special token inside an answer")
     return ids[len(prompt) :]
 
-def decode(tok, ids):
-    """The text of a response, without special tokens."""
-    return tok.decode(ids, skip_special_tokens=True)
+decode = lambda tok, ids: tok.decode(ids, skip_special_tokens=True)  # the text of a response
 
 def encode_row(row, tok, max_length):
     """Tokenise a parsed row. `dropped`: why responses were left out; a list may lose some, an RM-Bench row all."""
@@ -315,74 +320,66 @@ def encode_row(row, tok, max_length):
             responses, scores = [*responses, ids], [*scores, float(score)]
         except Dropped as reason:
             dropped.append(str(reason))
-    n = len(row["responses"])
-    enough = len(responses) >= (n if row["style"] else min(2, n))
+    enough = len(responses) >= min(len(row["responses"]), 6 if row["style"] else 2)
     return dict(row, prompt=prompt, responses=responses * enough, scores=scores, dropped=dropped)
 
 # ----------------------------------------------------------------------------------- rows, disk
-def parse_rows(source, raw, kind, dropped):
-    """Raw rows -> parsed ones without duplicates; ValueError with the number of a bad row."""
-    parsed = {}
-    for k, row in enumerate(raw):
+def parse_source(source, seed, kind, excluded=()):
+    """A source -> (parsed rows, none twice or with an excluded prompt; counts). ValueError that names a bad row."""
+    parsed, seen = [], {json.dumps(row["prompt"]): "prompt excluded" for row in excluded}
+    shapes, dropped, raw = Counter(), Counter(), read_source(source, seed)
+    for k, (where, row) in enumerate(raw):
         try:
             clean = {key: value for key, value in row.items() if value is not None}
-            items = parse_demonstrations(clean) if kind == "sft" else [parse_preference(clean)]
-            for prompt, responses, _, _ in items:
-                texts = [*responses, *(turn["content"] for turn in prompt)]
-                if not prompt or not all(isinstance(text, str) for text in texts):
-                    raise ValueError("has no prompt, or a text that is not a string")
+            shape, items = parse(clean, kind)
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+            continue
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            what = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{source}, row {k + 1}: {what}") from None
-        meta = json.dumps(row, ensure_ascii=False, default=str)
-        name = str(clean.get("id", clean.get("prompt_id", k)))
-        for item in items:
-            key = hashlib.sha256(json.dumps(item[:2]).encode()).digest()
-            dropped["duplicate"] += key in parsed
-            item = dict(zip(("prompt", "responses", "scores", "style"), item))
-            parsed.setdefault(key, dict(item, id=name, domain=row.get("domain", ""), meta=meta))
-    return list(parsed.values())
+            raise ValueError(f"{where}: {error if isinstance(error, ValueError) else repr(error)}") from None
+        shapes[shape] += 1
+        name, meta = str(clean.get("id", clean.get("prompt_id", k))), json.dumps(row, ensure_ascii=False, default=str)
+        domain = clean["subset"] if shape.startswith("RewardBench") else row.get("domain", "")
+        for prompt, responses, scores, style in items:
+            asked, key = json.dumps(prompt), hashlib.sha256(json.dumps([prompt, responses]).encode()).digest()
+            if why := seen.get(asked, seen.get(key)):
+                dropped[why] += 1
+            else:
+                parsed.append(dict(id=name, prompt=prompt, responses=responses, scores=scores, domain=domain,
+                                   style=style, meta=meta, dropped=[]))
+                seen[key] = "duplicate"
+    return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped)
 
-def build(source, tok, args, kind):
+def build(source, tok, args, kind, excluded=()):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
-    from datasets import Dataset, Features, List, Value
-
-    raw, dropped, tokens = read_source(source, args.seed), Counter(), List(Value("int32"))
-    parsed = parse_rows(source, raw, kind, dropped)
+    parsed, report = parse_source(source, args.seed, "sft" if kind == "sft" else "prefs", excluded * (kind != "eval"))
+    tokens = List(Value("int32"))
     features = Features(id=Value("string"), prompt=tokens, responses=List(tokens), scores=List(Value("float64")),
         domain=Value("string"), style=tokens, meta=Value("string"), dropped=List(Value("string")))
-    rows = Dataset.from_list(parsed).map(
+    rows = Dataset.from_dict({key: [row[key] for row in parsed] for key in features}).map(
         encode_row, fn_kwargs=dict(tok=tok, max_length=args.max_length), features=features,
         desc=f"tokenise {source}", num_proc=min(32, os.cpu_count()) if len(parsed) > 300 else None)
     for reasons, responses in zip(rows["dropped"], rows["responses"]):
-        dropped.update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
+        report["dropped"].update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
     rows = rows.filter(lambda r: len(r) > 0, input_columns="responses").remove_columns("dropped")
     if not len(rows):
-        raise ValueError(f"{source}: nothing is left of {len(raw)} rows; dropped {dict(dropped)}")
+        raise ValueError(f"{source}: nothing is left of {report['rows_in']} rows; dropped {dict(report['dropped'])}")
     lengths = [[len(r) for r in rs] for rs in rows["responses"]]
-    both = [list(zip(*row)) for row in zip(lengths, rows["scores"])]
-    wins = [n > m for row in both for n, x in row for m, y in row if x > y]
+    wins = [n > m for ns, xs in zip(lengths, rows["scores"]) for n, x in zip(ns, xs) for m, y in zip(ns, xs) if x > y]
     percentiles = lambda x: {p: sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
-    return rows, dict(
-        source={part: fingerprint(part) for part in source.split(",") if part}, rows_in=len(raw),
-        kept=len(rows), dropped={reason: n for reason, n in dropped.items() if n},
+    return rows, report | dict(
+        source={part: fingerprint(part) for part in source.split(",") if part}, kept=len(rows),
         prompt_tokens=percentiles([len(p) for p in rows["prompt"]]), response_tokens=percentiles(sum(lengths, [])),
         longer_wins=round(sum(wins) / len(wins), 4) if wins else None)
 
 def load_rows(path):
-    """The rows of a prepared folder. ValueError if it is none."""
-    import datasets
-
-    if not (Path(path) / "dataset_info.json").exists():
-        raise ValueError(f"{path}: not a folder that prepare_data.py wrote")
-    return datasets.load_from_disk(str(path))
+    """The rows of a prepared folder. FileNotFoundError if it is none."""
+    return load_from_disk(str(path))
 
 def batch_indices(n, batch_size, seed, step):
-    """Data order, a pure function: the positions of global batch `step` among n items. An epoch is
-    a permutation, and its last batch may be smaller."""
+    """Data order, a pure function: the positions of global batch `step` among n items. An epoch is a permutation."""
     epoch, k = divmod(step, -(-n // batch_size))
-    order = random.Random(f"order {seed} {epoch}").sample(range(n), n)
-    return order[k * batch_size : (k + 1) * batch_size]
+    return random.Random(f"order {seed} {epoch}").sample(range(n), n)[k * batch_size : (k + 1) * batch_size]
 
 def fingerprint(path):
     """Hash of a file or folder: names, sizes, first and last MiB of the files. A hub id is its own."""
@@ -402,11 +399,10 @@ def begin(out, args, inputs, redo=False):
     for folder in (Path(out), Path(f"{out}.partial")):
         if (folder / "args.json").exists():
             old = json.loads((folder / "args.json").read_text())
-            keys = [k for k in sorted(old | now) if old.get(k) != now.get(k)]
-            if keys and not redo:
-                diff = "; ".join(f"{k}: {old.get(k)} -> {now.get(k)}" for k in keys)
+            diff = "; ".join(f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(old | now) if old.get(k) != now.get(k))
+            if diff and not redo:
                 raise ValueError(f"{folder} is of other arguments ({diff}); remove it or change --out")
-            if folder == Path(out) and not keys:
+            if folder == Path(out) and not diff:
                 return None
         elif folder.exists():
             raise ValueError(f"{folder} exists and is not of this script; choose another --out")
@@ -415,7 +411,6 @@ def begin(out, args, inputs, redo=False):
         folder.mkdir(parents=True, exist_ok=True)  # OUT.partial
         (folder / "args.json").write_text(json.dumps(now, indent=1))
         return folder
-
     return make
 
 def run(main, parser):
@@ -427,38 +422,41 @@ def run(main, parser):
 
 def main(args):
     toy = args.model == "toy"
-    jobs = dict(sft=args.sft or toy and "toy:sft", train=args.prefs or toy and "toy:prefs")
+    train = ("sft", args.sft or toy * "toy:sft"), ("train", args.prefs or toy * "toy:prefs")
+    jobs = {name: source for name, source in train if source}
     for item in args.eval or [f"{split}=toy:{split}" for split in [*SPLITS][2:]] * toy:
         name, _, source = item.partition("=")
         if not re.fullmatch(r"[\w.-]+", name) or not source or f"eval/{name}" in jobs:
             raise ValueError(f"--eval {item}: wanted NAME=SOURCE, each name once")
         jobs[f"eval/{name}"] = source
-    jobs = {name: source for name, source in jobs.items() if source}
-    tok = None if toy else load_tokenizer(args.model)
-    make = begin(args.out, args, [args.model, *filter(None, ",".join(jobs.values()).split(","))])
+    sources = [x for source in [*jobs.values(), args.exclude_prompts_from or ""] for x in source.split(",") if x]
+    make = (lambda: Path(tempfile.mkdtemp())) if args.dry_run else begin(args.out, args, [args.model, *sources])
     if make is None:
         return print(f"{args.out} is complete")
-    out = make()
+    excluded = parse_source(args.exclude_prompts_from, args.seed, "prefs or sft")[0] if args.exclude_prompts_from else []
+    out, prompts = make(), {}
     try:
         if toy:
             toy_model(out / "model", args.seed)
-            tok = load_tokenizer(out / "model")
+        tok = load_tokenizer(out / "model" if toy else args.model)
         tok.save_pretrained(out / "tokenizer")
-        report, prompts = dict(tokenizer=fingerprint(out / "tokenizer"), template=tok.chat_template, sets={}), {}
+        report = dict(tokenizer=fingerprint(out / "tokenizer"), template=tok.chat_template, sets={})
         for name, source in jobs.items():
-            rows, report["sets"][name] = build(source, tok, args, name.split("/")[0])
-            prompts[name] = set(map(tuple, rows["prompt"]))
-            if "train" in prompts and name != "train":
-                report["sets"][name]["prompts_in_train"] = len(prompts[name] & prompts["train"])
+            rows, report["sets"][name] = build(source, tok, args, name.split("/")[0], excluded)
+            asked = set(map(tuple, rows["prompt"]))
+            report["sets"][name] |= {f"prompts_in_{other}": len(asked & prompts[other]) for other in prompts}
+            prompts |= {} if "/" in name else {name: asked}
             rows.save_to_disk(out / name)
-            head, span = tok.decode(rows[0]["prompt"]), tok.decode(rows[0]["responses"][0])
-            print(f"{name}: {report['sets'][name]}\n  {head!r} [[ {span!r} ]]   <- the scored span")
+            print(f"{name}: {json.dumps(report['sets'][name])}")
+            for row in rows.select(range(min(len(rows), 3 if args.dry_run else 1))):  # the scored spans in [[ ]]
+                spans = [f"[[ {tok.decode(ids)!r} ]] {score:g}" for ids, score in zip(row["responses"], row["scores"])]
+                print(f"  {tok.decode(row['prompt'])!r}", *spans, sep="\n    ")
         (out / "report.json").write_text(json.dumps(report, indent=1))
-        os.replace(out, args.out)
-    except BaseException:
+        if not args.dry_run:
+            os.replace(out, args.out)
+            print(f"wrote {args.out}")
+    finally:
         shutil.rmtree(out, ignore_errors=True)
-        raise
-    print(f"wrote {args.out}")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -469,6 +467,8 @@ if __name__ == "__main__":
     add("--prefs", help="source of preferences to train on")
     add("--eval", nargs="*", default=[], metavar="NAME=SOURCE", help="preferences to evaluate on")
     add("--out", required=True, help="folder to write; it appears when complete")
+    add("--exclude-prompts-from", metavar="SOURCE", help="drop training prompts that occur in this source")
+    add("--dry-run", action="store_true", help="print three rows of each set and the report; write nothing")
     add("--max-length", type=int, default=2048, help="tokens; longer pairs are dropped (2048)")
     add("--seed", type=int, default=0, help="of the toy world")
     run(main, parser)

@@ -186,5 +186,5 @@ def data(tokenizer, tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     prepare_data.main(Namespace(
         model=str(tokenizer), sft=str(folder / "sft.jsonl"), prefs=str(folder / "prefs.jsonl"), eval=[f"ID={folder / 'test.jsonl'}"],
-        out=str(folder / "out"), max_length=256, num_proc=1, seed=0))
+        out=str(folder / "out"), max_length=256, seed=0, exclude_prompts_from=None, dry_run=False))
     return folder / "out"

@@ -30,6 +30,8 @@ LOOP, GO = "{% for m in messages %}", "{% endfor %}{% if add_generation_prompt %
 LLAMA3 = ("{{ bos_token }}" + LOOP + "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}{{ m.content | trim }}"
           + "<|eot_id|>" + GO + "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 CHATML = LOOP + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}" + GO + "<|im_start|>assistant\n{% endif %}"
+DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML  # as Qwen2.5, Llama-3.1
+NO_END = "{{ bos_token }}" + LOOP + "{{ m.role + ':\n' + m.content + '\n' }}" + GO + "{{ 'assistant:\n' }}{% endif %}"
 GEMMA = ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LOOP
          + "{% set role = 'model' if m.role == 'assistant' else m.role %}{{ '<start_of_turn>' + role + '\n' + m.content | trim }}"
          + "{{ '<end_of_turn>\n' }}" + GO + "{{ '<start_of_turn>model\n' }}{% endif %}")
@@ -44,6 +46,9 @@ KINDS = {  # template, bos, eos, other special tokens, the tokenizer adds BOS; b
                "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n", "A<|im_end|>"),
     "chatml, bos": (CHATML, "<s>", "<|im_end|>", ["<|im_start|>"], True,  # the template prints no BOS, the tokenizer adds one
                     "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n", "A<|im_end|>"),
+    "default system": (DEFAULT, None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], False,
+                       "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n", "A<|im_end|>"),
+    "no end": (NO_END, "<s>", "</s>", [], True, "<s>system:\nS\nuser:\nU\nassistant:\n", "A</s>"),
     "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], True,
               "<bos><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\n", "A<end_of_turn>"),
     "mistral": (MISTRAL, "<s>", "</s>", [], True, "<s>[INST] S\n\nU [/INST]", " A</s>"),
@@ -122,6 +127,13 @@ def test_tokenizers_and_templates_that_cannot_serve(toks, tmp_path):
         build(tmp_path, tok, [dict(prompt="Add", chosen="a", rejected="b")])
 
 
+def test_a_default_system_block_stands_once_in_the_prompt(toks):
+    tok = toks["default system"]
+    prompt = P.encode_prompt(tok, say(("user", "Add")))
+    assert tok.decode(prompt).count("You help.") == 1
+    assert tok.decode(P.encode_response(tok, say(("user", "Add")), "It is 5", prompt)) == "It is 5<|im_end|>"
+
+
 def test_a_conversation_that_the_template_refuses_is_no_traceback(toks, tmp_path):
     odd = dict(messages=say(("user", "Add"), ("user", "Add 2"), ("assistant", "It is 5")))
     try:
@@ -139,34 +151,60 @@ def chatml(*turns):
 U, U2, S = ("user", "Add 2"), ("user", "Again"), ("system", "Be brief.")
 A, B = ("assistant", "It is 2"), ("assistant", "It is 3")
 PAIR, ONE = dict(prompt="Add 2", chosen="It is 2", rejected="It is 3"), [(chatml(U), ["It is 2", "It is 3"], [1, 0], [])]
-SHAPES = {  # name: (kind, row, rows wanted as (prompt, responses, scores, style))
-    "strings": ("train", PAIR, ONE),
-    "lists": ("train", dict(prompt=say(U), chosen=say(A), rejected=say(B)), ONE),
-    "string prompt, lists": ("train", dict(prompt="Add 2", chosen=say(A), rejected=say(B)), ONE),
-    "lists with the prompt": ("train", dict(prompt="Add 2", chosen=say(U, A), rejected=say(U, B)), ONE),
-    "no prompt": ("train", dict(chosen=say(S, U, B, U2, A), rejected=say(S, U, B, U2, B)), [(chatml(S, U, B, U2), *ONE[0][1:])]),
-    "own scores": ("train", PAIR | dict(score_chosen=8.5, score_rejected=3), [(*ONE[0][:2], [8.5, 3], [])]),
-    "null scores": ("train", PAIR | dict(score_chosen=None, score_rejected=None), ONE),
+HH = "\n\nHuman: Add 2\n\nAssistant: Human: or 3?\n\nHuman: Again\n\nAssistant:"  # "Human:" inside a line is text
+LISTS2 = dict(prompt="Add 2", chosen=say(U, A), rejected=say(U, B))
+gpt = lambda *turns: [{"from": dict(user="human", assistant="gpt").get(role, role), "value": content} for role, content in turns]
+SHAPES = {  # name: (kind, row, rows wanted as (prompt, responses, scores, style), the shape that the report names)
+    "strings": ("train", PAIR, ONE, "TRL standard"),
+    "lists": ("train", dict(prompt=say(U), chosen=say(A), rejected=say(B)), ONE, "TRL conversational"),
+    "string prompt, lists": ("train", dict(prompt="Add 2", chosen=say(A), rejected=say(B)), ONE, "TRL conversational"),
+    "lists with the prompt": ("train", LISTS2, ONE, "TRL conversational"),
+    "no prompt": ("train", dict(chosen=say(S, U, B, U2, A), rejected=say(S, U, B, U2, B)),
+                  [(chatml(S, U, B, U2), *ONE[0][1:])], "TRL conversational"),
+    "own scores": ("train", LISTS2 | dict(prompt_id="7", messages=say(U, A), score_chosen=8.5, score_rejected=3),
+                   [(*ONE[0][:2], [8.5, 3], [])], "UltraFeedback binarized"),
+    "tied scores": ("train", LISTS2 | dict(score_chosen=7, score_rejected=7), ONE, "UltraFeedback binarized"),
+    "null scores": ("train", PAIR | dict(score_chosen=None, score_rejected=None), ONE, "TRL standard"),
+    "princeton": ("train", LISTS2 | dict(all_generated_responses=["a", "b"], all_rm_scores=[0.2, 0.1]), ONE, "princeton-nlp"),
+    "hh": ("train", dict(chosen=f"{HH} It is 2", rejected=f"{HH} It is 3"),
+           [(chatml(U, ("assistant", "Human: or 3?"), U2), *ONE[0][1:])], "hh-rlhf"),
+    "ShareGPT": ("train", dict(conversations=gpt(S, U, B, U2), chosen=gpt(A)[0], rejected=gpt(B)[0]),
+                 [(chatml(S, U, B, U2), *ONE[0][1:])], "ShareGPT"),
     "scored": ("train", dict(prompt="Add 2", responses=["a", "b", "c"], scores=[0, 2, 1.5]),
-               [(chatml(U), ["a", "b", "c"], [0, 2, 1.5], [])]),
+               [(chatml(U), ["a", "b", "c"], [0, 2, 1.5], [])], "scored list"),
+    "rewards": ("train", dict(prompt=say(U), responses=["a", "b"], rewards=[1, 1]), [(chatml(U), ["a", "b"], [1, 1], [])],
+                "scored list, rewards"),
+    "UltraFeedback": ("train", dict(instruction="Add 2", completions=[dict(response="a", overall_score=6.5, model="m"),
+                                                                      dict(response="b", overall_score=8)]),
+                      [(chatml(U), ["a", "b"], [6.5, 8], [])], "UltraFeedback"),
     "RM-Robustness": ("eval", dict(instruction="Add 2", response_1_text="1", response_2_text="2", all_scores=[3, 1]),
-                      [(chatml(U), list("12"), [3, 1], [])]),
-    "RM-Bench": ("eval", dict(prompt="Add 2", chosen=list("123"), rejected=list("456")),
-                 [(chatml(U), list("123456"), [1, 1, 1, 0, 0, 0], [0, 1, 2, 0, 1, 2])]),
-    "completion": ("sft", dict(prompt="Add 2", completion="It is 2"), [(chatml(U), ["It is 2"], [1], [])]),
-    "messages": ("sft", dict(messages=say(S, U, A, U2, B)),
-                 [(chatml(S, U), ["It is 2"], [1], []), (chatml(S, U, A, U2), ["It is 3"], [1], [])]),
+                      [(chatml(U), list("12"), [3, 1], [])], "RM-Robustness"),
+    "LLMBar": ("eval", dict(input="Add 2", output_1="a", output_2="b", label=2), [(chatml(U), ["a", "b"], [0, 1], [])], "labelled pair"),
+    "instruction, input": ("eval", dict(instruction="Add", input="2", output_1="a", output_2="b", label=1),
+                           [(chatml(("user", "Add\n2")), ["a", "b"], [1, 0], [])], "labelled pair"),
+    "RM-Bench": ("eval", dict(prompt="Add 2", chosen=list("123"), rejected=list("456"), subset="chat"),
+                 [(chatml(U), list("123456"), [1, 1, 1, 0, 0, 0], [0, 1, 2, 0, 1, 2])], "RM-Bench"),
+    "RewardBench": ("eval", PAIR | dict(subset="hep-cpp"), ONE, "RewardBench"),
+    "RewardBench 2": ("eval", dict(prompt="Add 2", chosen=["1"], rejected=list("234"), num_correct=1, subset="Math"),
+                      [(chatml(U), list("1234"), [1, 0, 0, 0], [])], "RewardBench 2"),
+    "RewardBench 2, ties": ("eval", dict(prompt="Add 2", chosen=list("123"), rejected=list("456"), num_correct=3, subset="Ties"),
+                            [(chatml(U), list("123456"), [1, 1, 1, 0, 0, 0], [])], "RewardBench 2"),
+    "completion": ("sft", dict(prompt="Add 2", completion="It is 2"), [(chatml(U), ["It is 2"], [1], [])], "prompt-completion"),
+    "completion lists": ("sft", dict(prompt=say(U), completion=say(A)), [(chatml(U), ["It is 2"], [1], [])], "prompt-completion"),
+    "UltraChat": ("sft", dict(prompt="Add 2", prompt_id="7", messages=say(S, U, A, U2, B)),
+                  [(chatml(S, U), ["It is 2"], [1], []), (chatml(S, U, A, U2), ["It is 3"], [1], [])], "messages"),
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(toks, tmp_path, name):
-    (kind, row, wanted), tok = SHAPES[name], toks["chatml"]
+    (kind, row, wanted, shape), tok = SHAPES[name], toks["chatml"]
     rows, report = build(tmp_path, tok, [row], kind)
     text = lambda row: (tok.decode(row["prompt"]), [P.decode(tok, x) for x in row["responses"]], row["scores"], row["style"])
     assert list(map(text, rows)) == wanted
     assert all({k: v for k, v in json.loads(r["meta"]).items() if k in row} == row for r in rows)
-    assert (report["rows_in"], report["kept"], report["dropped"]) == (1, len(wanted), {})
+    assert (report["rows_in"], report["kept"], report["dropped"], report["shapes"]) == (1, len(wanted), {}, {shape: 1})
+    assert set(rows["domain"]) == {row["subset"] if "RewardBench" in shape else "set"}
 
 
 def test_sources_of_every_kind_give_the_same_rows(toks, tmp_path):
@@ -179,6 +217,7 @@ def test_sources_of_every_kind_give_the_same_rows(toks, tmp_path):
     at(3, ".jsonl").write_text(lines + "\n\n")
     at(4, ".jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     datasets.Dataset.from_list(raw).to_parquet(at(5, ".parquet"))
+    (tmp_path / "6" / "README.md").write_text("no data")
     at(6, ".jsonl").write_text("\n".join(map(json.dumps, raw[2:])))
     at(6, ".json").write_text(json.dumps(raw[:2]))
     datasets.Dataset.from_list(raw).save_to_disk(at(7, ""))
@@ -189,22 +228,32 @@ def test_sources_of_every_kind_give_the_same_rows(toks, tmp_path):
     assert [row["id"] for row in tables[0]] == [f"row{k}" for k in range(5)] and {row["domain"] for row in tables[0]} == {"set"}
     assert P.decode(toks["chatml"], tables[0][1]["responses"][0]) == "It is 1\u2028"
     assert all(table == tables[0] for table in tables)
+    datasets.Dataset.from_list(tables[0]).save_to_disk(tmp_path / "9" / "train")  # what this script wrote is a source as well
+    again = P.build(str(tmp_path / "9"), toks["chatml, bos"], Namespace(seed=0, max_length=500), "train")[0]
+    assert again["meta"] == [row["meta"] for row in tables[0]] and again["prompt"] != [row["prompt"] for row in tables[0]]
 
 
 def test_dropped_and_counted(toks, tmp_path):
     tok, reasons = toks["chatml"], set()
     length = max(len(row["prompt"] + row["responses"][0]) for row in build(tmp_path, tok, [PAIR])[0])
     for row in (PAIR, PAIR | dict(rejected=" \n"), PAIR | dict(rejected="It is 2"), PAIR | dict(chosen="It is 2" * 20),
-                PAIR | dict(chosen="It is<|im_end|> 2")):
+                PAIR | dict(chosen="It is<|im_end|> 2"), dict(chosen=say(U, A), rejected=say(U2, B)),
+                dict(chosen=f"{HH} 5", rejected=f"{HH[:-30]}\n\nAssistant: 6"), PAIR | dict(rejected=True)):
         rows, report = build(tmp_path, tok, [PAIR, row], max_length=length)
         assert report["rows_in"] == 2 and report["kept"] == len(rows) == 1 and list(report["dropped"].values()) == [1]
         reasons |= set(report["dropped"])
-    assert len(reasons) == 5
+    assert len(reasons) == 6  # a boolean counts as empty (PandaLM has 6), prompts that differ (5 in hh-rlhf's test set) are one reason
+    tok = P.load_tokenizer(toks["no end"].folder)
+    tok.chat_template = NO_END.replace(":\\n", ": ").replace(":\n", ": ")  # the prompt ends in a space, and " It" is one token
+    rows, report = build(tmp_path, tok, [PAIR, dict(prompt="Add", chosen="!a", rejected="!b")])
+    assert report["kept"] == 1 and "prefix" in [*report["dropped"]][0]
     with pytest.raises(ValueError, match="nothing is left"):
         build(tmp_path, tok, [PAIR], max_length=length - 1)
-    lists = [dict(prompt="Add", responses=["1", "", "3"], scores=[1, 2, 3]), dict(prompt="S", responses=["1", ""], scores=[1, 2])]
+    tok = toks["chatml"]
+    lists = [dict(prompt="Add", responses=["1", "", "3"], scores=[1, 2, 3]), dict(prompt="S", responses=["1", ""], scores=[1, 2]),
+             dict(prompt="T", responses=["1"], scores=[1])]
     rows, report = build(tmp_path, tok, lists)  # a list loses a response; a list of one compares nothing
-    assert rows["scores"] == [[1, 3]] and sum(report["dropped"].values()) == 2
+    assert rows["scores"] == [[1, 3]] and sum(report["dropped"].values()) == 3
 
 
 def test_rm_bench_rows_stand_whole(toks, tmp_path):
@@ -225,30 +274,37 @@ def test_special_tokens_written_in_the_text_are_dropped(toks, tmp_path, name, pr
     assert [P.decode(toks[name], row["responses"][0]) for row in rows] == ["It is 5"] and sum(report["dropped"].values()) == 1
 
 
-BAD_ROWS = [  # (kind, a second row)
-    ("train", '{"prompt": "p", "chosen": "x"}'), ("train", '{"prompt": "p", "chosen": "x", "rejected": null}'),
-    ("train", '{"prompt": "p", "completion": "x"}'), ("sft", '{"prompt": "p", "chosen": "x", "rejected": "y"}'), ("train", "[1]"),
-    ("train", '{"prompt": "p", "chosen": "x", "rejected": 5}'),
-    ("eval", '{"prompt": "p", "chosen": ["x", "y"], "rejected": ["z", "v"]}'),
-    ("train", '{"prompt": "p", "responses": ["x", true], "scores": [1, 2]}'),
-    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1]}'),
-    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, null]}'),
-    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, "high"]}'),
-    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, NaN]}'),
-    ("train", '{"prompt": "p", "responses": "xy", "scores": [1, 2]}'),
-    ("train", '{"chosen": "x", "rejected": "y"}'), ("train", '{"prompt": [], "chosen": "x", "rejected": "y"}'),
-    ("train", '{"prompt": ["p"], "chosen": "x", "rejected": "y"}'),
-    ("train", '{"prompt": [{"role": "user", "content": null}], "chosen": "x", "rejected": "y"}'),
-    ("train", json.dumps(dict(chosen=say(U, A), rejected=say(U2, B)))),
+BAD_ROWS = [  # (kind, a second row, what its message must say)
+    ("train", '{"prompt": "p", "chosen": "x"}', "no known shape"), ("train", '{"prompt": "p", "chosen": "x", "rejected": null}', "rename"),
+    ("train", '{"prompt": "p", "completion": "x"}', "no known shape"), ("train", "[1]", ""),
+    ("sft", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "no known shape"),
+    ("eval", '{"prompt": "p", "chosen": ["x", "y"], "rejected": ["z", "v"]}', "no known shape"),
+    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1]}', "a finite score for each"),
+    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, null]}', ""),
+    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, "high"]}', "high"),
+    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, NaN]}', "a finite score for each"),
+    ("train", '{"prompt": "p", "responses": "xy", "scores": [1, 2]}', "a list of answers"),
+    ("train", '{"chosen": "x", "rejected": "y"}', "add the key prompt"),
+    ("train", '{"prompt": [], "chosen": "x", "rejected": "y"}', "no prompt"),
+    ("train", '{"prompt": ["p"], "chosen": "x", "rejected": "y"}', ""),
+    ("train", '{"prompt": [{"role": "user", "content": null}], "chosen": "x", "rejected": "y"}', "not a text"),
+    ("train", '{"prompt": "p", "completion": "x", "label": true}', "TRL unpaired: pair good with bad"),
+    ("sft", '{"prompt": "p", "completion": "x", "label": false}', "without label"),
+    ("train", '{"prompt": "p", "chosen": "x", "rejected": "y", "responses": ["x", "y"], "scores": [1, 2]}',
+     "scored list: ambiguous, remove"),
+    ("sft", '{"prompt": "p", "completion": "x", "messages": []}', "prompt-completion or messages: ambiguous"),
+    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, 2], "rewards": [2, 1]}', "ambiguous"),
+    ("eval", '{"input": "p", "output_1": "x", "output_2": "y", "label": 0}', "0"),
 ]
 
 
-@pytest.mark.parametrize("kind, bad", BAD_ROWS)
-def test_a_bad_row_is_named(toks, tmp_path, kind, bad):
+@pytest.mark.parametrize("kind, bad, says", BAD_ROWS)
+def test_a_bad_row_is_named(toks, tmp_path, kind, bad, says):
     good = json.dumps(dict(prompt="p", completion="x") if kind == "sft" else PAIR)
     with pytest.raises(ValueError) as error:
         build(tmp_path, toks["chatml"], f"{good}\n{bad}", kind)
-    assert "row 2" in str(error.value).splitlines()[0]
+    line = str(error.value).splitlines()[0]
+    assert "set.jsonl, row 2: " in line and says in line
 
 
 @pytest.mark.parametrize("text", ["\n", "[]", '{"prompt"', json.dumps(dict(messages=say(U)))])
@@ -297,6 +353,28 @@ def test_main_end_to_end(toks, tmp_path):
     assert "missing.jsonl" in cli(*job[:2], "--sft", tmp_path / "missing.jsonl", "--out", bad)
     assert cli("--model", tmp_path / "none", *job[2:], "--out", bad) and cli(*job[:2], "--eval", test, "--out", bad)
     assert not list(tmp_path.glob("bad*")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_prompts_to_exclude_the_overlap_and_the_dry_run(toks, tmp_path, capsys):
+    write = lambda name, rows: (tmp_path / name).write_text("\n".join(map(json.dumps, rows))) and tmp_path / name
+    sft = write("sft.jsonl", [dict(messages=say(("user", f"Add {k}"), A, U2, B)) for k in range(4)])  # a demonstration for each answer
+    prefs = write("prefs.jsonl", [PAIR | dict(prompt=f"Add {k}") for k in range(2, 9)])
+    test = write("test.jsonl", [dict(chosen=say(("user", f"Add {k}"), A), rejected=say(("user", f"Add {k}"), B)) for k in (0, 3, 5, 7, 99)])
+    job = ["--model", toks["chatml"].folder, "--sft", sft, "--prefs", prefs, "--eval", f"T={test}"]
+    report = lambda out: {name: (r["kept"], r["dropped"], {k[11:]: n for k, n in r.items() if k.startswith("prompts_in_")})
+                          for name, r in json.loads((out / "report.json").read_text())["sets"].items()}
+    assert cli(*job, "--out", tmp_path / "all") is None
+    assert report(tmp_path / "all") == {"sft": (8, {}, {}), "train": (7, {}, dict(sft=2)), "eval/T": (5, {}, dict(sft=2, train=3))}
+    wanted = {"sft": (6, {"prompt excluded": 2}, {}), "train": (4, {"prompt excluded": 3}, dict(sft=1)), "eval/T": (5, {}, dict(sft=0, train=0))}
+    for k, held_out in enumerate([test, tmp_path / "all" / "eval", tmp_path / "all" / "eval" / "T", f"{sft},{test}"][:3]):
+        assert cli(*job, "--exclude-prompts-from", held_out, "--out", tmp_path / f"out{k}") is None
+        assert report(tmp_path / f"out{k}") == wanted
+    before, _ = sorted(tmp_path.rglob("*")), capsys.readouterr()
+    assert cli(*job, "--dry-run", "--out", tmp_path / "new" / "dry") is None and cli(*job, "--dry-run", "--out", tmp_path / "all") is None
+    printed = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before and printed.count("[[ 'It is 2<|im_end|>' ]] 1\n") == 2 * (2 + 3 + 3)
+    assert repr(chatml(("user", "Add 4")))[1:-1] in printed and repr(chatml(("user", "Add 5")))[1:-1] not in printed.split("eval/T")[0]
+    assert '"prompts_in_train": 3' in printed and '"TRL conversational": 5' in printed and "wrote" not in printed
 
 
 def test_the_number_of_processes_changes_nothing(toks, tmp_path, monkeypatch):
@@ -381,8 +459,9 @@ def test_every_epoch_is_a_permutation(n, size, seed, epoch):
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real data sets are not on this machine")
-@pytest.mark.parametrize("name", ["imdb/eval_id.jsonl", "gsm8k/prefs_eval.jsonl", "rm_bench"])
-def test_real_data(toks, name):
+@pytest.mark.parametrize("name, shape", [("imdb/eval_id.jsonl", "scored list"), ("gsm8k/prefs_eval.jsonl", "TRL conversational"),
+                                         ("rm_bench", "RM-Bench")])
+def test_real_data(toks, name, shape):
     rows, report = P.build(str(REAL / name), toks["plain"], Namespace(seed=0, max_length=10**6), "eval")
     files, bench = sorted(REAL.glob(f"{name}/*.json")) or [REAL / name], name == "rm_bench"
     raw = [r for f in files for r in (json.loads(f.read_text()) if bench else map(json.loads, f.read_text().split("\n")[:-1]))]
@@ -390,6 +469,27 @@ def test_real_data(toks, name):
     lists = {json.dumps(r): r.get("responses") or text(r["chosen"]) + text(r["rejected"]) for r in raw}.values()
     kept = [6 if bench else len({t for t in texts if t.strip()}) for texts in lists]
     kept = [n for n in kept if n > 1]
-    assert report["rows_in"] == len(raw) > 100 and len(rows) == len(kept) > 0.8 * len(raw)
+    assert report["rows_in"] == len(raw) > 100 and len(rows) == len(kept) > 0.8 * len(raw) and report["shapes"] == {shape: len(raw)}
     assert [len(r) for r in rows["responses"]] == kept
     assert not bench or Counter(rows["domain"]) == Counter(f.stem for f in files for _ in json.loads(f.read_text()))
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real data sets are not on this machine")
+def test_real_hh_and_sharegpt(toks):
+    args, tok = Namespace(seed=0, max_length=10**6), toks["llama3"]
+    rows, report = P.build(str(REAL / "formats" / "hh_harmless_test.jsonl.gz"), tok, args, "train")
+    raw = [json.loads(line) for line in gzip.open(REAL / "formats" / "hh_harmless_test.jsonl.gz", "rt")]
+    cut = [[r[key].rpartition("\n\nAssistant:") for key in ("chosen", "rejected")] for r in raw]
+    agree = [(a[2].strip(), b[2].strip()) for a, b in cut if a[0] == b[0]]
+    good = [pair for pair in agree if all(pair) and pair[0] != pair[1]]
+    assert report["rows_in"] == len(raw) == 2312 and report["dropped"]["not two answers to one prompt"] == len(raw) - len(agree) == 5
+    assert report["dropped"]["empty"] == sum(not all(pair) for pair in agree)
+    assert len(raw) == len(rows) + sum(report["dropped"].values()) and report["shapes"] == {"hh-rlhf": 2307}
+    assert len(rows) + report["dropped"].get("duplicate", 0) == len(good)
+    pairs = [tuple(P.decode(tok, ids).strip() for ids in row) for row in rows["responses"]]
+    assert set(pairs) == set(good)
+    rows, report = P.build(str(REAL / "formats" / "sharegpt_dpo.json"), tok, args, "train")
+    raw = json.loads((REAL / "formats" / "sharegpt_dpo.json").read_text())
+    assert report["shapes"] == {"ShareGPT": 40} and len(rows) == 40 - sum(report["dropped"].values()) > 35
+    turns = [tok.decode(ids).count("<|start_header_id|>") for ids in rows["prompt"]]
+    assert Counter(turns) - Counter(len(r["conversations"]) + 1 for r in raw) == Counter()
