@@ -370,12 +370,12 @@ def build(source, tok, args, kind):
         longer_wins=round(sum(wins) / len(wins), 4) if wins else None)
 
 def load_rows(path):
-    """The rows of a prepared folder. ValueError if it is none."""
+    """The rows of a prepared folder. ValueError if it is none, or damaged."""
     import datasets
-
-    if not (Path(path) / "dataset_info.json").exists():
-        raise ValueError(f"{path}: not a folder that prepare_data.py wrote")
-    return datasets.load_from_disk(str(path))
+    try:
+        return datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a folder that prepare_data.py wrote, or damaged ({error})") from None
 
 def batch_indices(n, batch_size, seed, step):
     """Data order, a pure function: the positions of global batch `step` among n items. An epoch is
@@ -402,28 +402,28 @@ def begin(out, args, inputs, redo=False):
     for folder in (Path(out), Path(f"{out}.partial")):
         if (folder / "args.json").exists():
             old = json.loads((folder / "args.json").read_text())
-            keys = [k for k in sorted(old | now) if old.get(k) != now.get(k)]
-            if keys and not redo:
-                diff = "; ".join(f"{k}: {old.get(k)} -> {now.get(k)}" for k in keys)
+            diff = "; ".join(f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(old | now) if old.get(k) != now.get(k))
+            if diff and not redo:
                 raise ValueError(f"{folder} is of other arguments ({diff}); remove it or change --out")
-            if folder == Path(out) and not keys:
+            if folder == Path(out) and not diff:
                 return None
-        elif folder.exists():
+        elif folder.exists() and {f.name for f in folder.iterdir()} - {"args.draft"}:  # else killed before it had one
             raise ValueError(f"{folder} exists and is not of this script; choose another --out")
 
     def make():
         folder.mkdir(parents=True, exist_ok=True)  # OUT.partial
-        (folder / "args.json").write_text(json.dumps(now, indent=1))
-        return folder
+        (folder / "args.draft").write_text(json.dumps(now, indent=1))
+        return (folder / "args.draft").replace(folder / "args.json").parent
 
     return make
 
 def run(main, parser):
     """Parse and run; a bad argument or input is one line on stderr and exit code 1."""
     try:
-        main(parser.parse_args())
+        return main(parser.parse_args())
     except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {str(error).strip().splitlines()[0]}") from None
+        message = str(error).strip().splitlines()[0]
+    raise SystemExit(f"{parser.prog}: {message}")  # out here, so that what main held is closed, progress bars too
 
 def main(args):
     toy = args.model == "toy"
