@@ -38,8 +38,8 @@ import torch.nn.functional as F
 import tqdm
 
 from prepare_data import batch_indices, fingerprint, load_rows, run
-from sft import (learning_rate, load_checkpoint, metrics_log, on_rank0, plan, print0,
-                 save_checkpoint, save_model, score, start, trainer_arguments, update)
+from sft import (check, end_step, learning_rate, load_checkpoint, on_rank0, plan, print0,
+                 save_model, score, start, trainer_arguments, update)
 
 # ---------------------------------------------------------------------------------------- losses
 # r = w / nw - l / nl, the length-normalised margin of a pair, is what models are ranked by.
@@ -372,8 +372,7 @@ def reward(pi):
 
 def configure(name, settings):
     """(loss function, its hyper-parameters) from ["beta=2.5", ...]; ValueError if unknown."""
-    if name not in LOSSES:
-        raise ValueError(f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
+    check(name in LOSSES, f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
     parameters = inspect.signature(LOSSES[name]).parameters.items()
     known = "pi ref pi_head ref_head pi_square kl gap" + " state" * LOSSES[name].batch
     if unknown := set(wants(LOSSES[name])) - {*known.split()}:
@@ -552,52 +551,52 @@ def describe(losses, logps, grads, lengths):
 
 def main(args):
     function, hp = configure(args.loss, args.hp)
-    supply = wants(function)
+    supply, x = wants(function), torch.arange(1.0, 11.0).view(5, 2)  # two made-up pairs
+    values, _ = apply_loss(function, hp, 0.0, x, None, torch.ones(2), {}, -x, [0, 1])
+    check(values.isfinite().all(), f"--hp {hp}: losses of made-up pairs are {values.tolist()}")
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
-    if not pairs:
-        raise ValueError(f"{args.data}: no row has two scores that differ, by --min-gap at least")
+    check(pairs, f"{args.data}: no row has two scores that differ, by --min-gap at least")
     margins = read_margins(args, len(pairs)) if args.margins else None
     source = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
-    ready = start(args, reward=args.loss == "reward", hp=hp, source=source)
-    if ready is None:
+    if not (ready := start(args, reward=args.loss == "reward", hp=hp, source=source)):
         return
     device, data, tok, scorer, optimizer, partial = ready
     epoch = math.ceil(len(pairs) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * epoch)
     print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} a step "
            f"= {steps} steps, on {dist.get_world_size()} {device.type} process(es)")
-    reference = None
-    if {"ref", "ref_head", "kl"} & {*supply}:
-        reference = reference_scores(scorer, data, pairs, supply, args, device, min(steps, epoch))
+    wanted = {"ref", "ref_head", "kl"} & {*supply}
+    reference = wanted and reference_scores(scorer, data, pairs, supply, args, device,
+                                            min(steps, epoch))
     scorer.squares = "pi_square" in supply
-    first, state = load_checkpoint(partial, scorer, optimizer)
-    with metrics_log(partial, first, steps, args.loss) as (log, origin):
-        for step in range(first, steps):
-            began = time.perf_counter()
-            index = batch_indices(len(pairs), args.batch_size, args.seed, step)
-            rows, ids, gap = fetch(data, pairs, index, supply)
-            lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows],
-                                   dtype=torch.float64, device=device).T  # (K, G)
-            gap = (gap if margins is None else margins[index]).to(device)
-            ref = None if reference is None else reference[:, index]
-            losses_of = functools.partial(
-                apply_loss, function, hp, args.sft_weight, lengths, ref, gap, state)
-            losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch,
-                                                   args.replay, args.tokens_per_forward, device)
-            if step == 0 and ref is not None:  # policy and reference are one model
-                off = dpo(*(Logps(*x[:2], *lengths[:2]) for x in (logps, ref))).mean() - math.log(2)
-                assert abs(off) < (1e-5 if device.type == "cpu" else 1e-2), f"first loss: ln 2 + {off}"
-            metrics = describe(losses, logps, grads, lengths)
-            lr = learning_rate(step, steps, args.lr)
-            norm = update(scorer, optimizer, lr, args.clip, metrics["loss"], f"step {step + 1}: {ids}")
-            origin = origin or metrics
-            metrics |= {f"d{k}": metrics[k] - origin[k] for k in ("logp_chosen", "logp_rejected")}
-            seconds = time.perf_counter() - began
-            tokens = sum(len(p) + sum(map(len, rs)) for p, rs in rows)
-            log(dict(step=step + 1, lr=lr, grad_norm=norm, **metrics,
-                     pairs_per_s=len(rows) / seconds, tokens_per_s=tokens / seconds))
-            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
-                save_checkpoint(partial, step + 1, scorer, optimizer, state)
+    first, saved = load_checkpoint(partial, scorer, optimizer)
+    state, origin = saved or ({}, None)  # of the loss; the first step's metrics
+    for step in tqdm.trange(first, steps, total=steps, initial=first, desc=args.loss,
+                            disable=dist.get_rank() > 0):
+        began = time.perf_counter()
+        index = batch_indices(len(pairs), args.batch_size, args.seed, step)
+        rows, ids, gap = fetch(data, pairs, index, supply)
+        lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows],
+                               dtype=torch.float64, device=device).T  # (K, G)
+        gap = (gap if margins is None else margins[index]).to(device)
+        ref = reference[:, index] if wanted else None
+        losses_of = functools.partial(
+            apply_loss, function, hp, args.sft_weight, lengths, ref, gap, state)
+        losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch, args.replay,
+                                               args.tokens_per_forward, device)
+        metrics = describe(losses, logps, grads, lengths)
+        lr, loss = learning_rate(step, steps, args.lr), metrics["loss"]
+        norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, ids, logps.T)
+        if step == 0 and ref is not None:  # policy and reference were one model
+            off = dpo(*(Logps(*x[:2], *lengths[:2]) for x in (logps, ref))).mean() - math.log(2)
+            assert abs(off) < (1e-5 if device.type == "cpu" else 1e-2), f"first loss: ln 2 + {off}"
+        origin = origin or metrics
+        metrics |= {f"d{k}": metrics[k] - origin[k] for k in ("logp_chosen", "logp_rejected")}
+        seconds = time.perf_counter() - began
+        tokens = sum(len(p) + sum(map(len, rs)) for p, rs in rows)
+        end_step(args, partial, steps, stop, scorer, optimizer, (state, origin), dict(
+            step=step + 1, lr=lr, grad_norm=norm, **metrics,
+            pairs_per_s=len(rows) / seconds, tokens_per_s=tokens / seconds))
     if args.loss == "reward":
         w, l = score_pairs(scorer, data, pairs, supply, args, device, "margins", epoch).tolist()
         margins = dict(data=fingerprint(args.data), margins=[a - b for a, b in zip(w, l)])

@@ -34,7 +34,6 @@ from pathlib import Path
 import jinja2
 import tokenizers
 import transformers
-from datasets import Dataset, Features, List, Value, load_dataset, load_from_disk
 
 # --------------------------------------------------------------------------------- the toy world
 # Lists of digits, tasks with one right answer, writers of different skill, three styles. Labels: for training
@@ -151,6 +150,8 @@ def toy_model(out, seed):
 # --------------------------------------------------------------------------- sources and shapes
 def read_source(source, seed=0):
     """[(where it stands, raw row)] of a source. Without a `domain` a row gets the file's stem as its own."""
+    from datasets import Dataset, load_dataset, load_from_disk
+
     path, files = Path(source), r".*\.(jsonl?(\.gz)?|parquet)"
     if "," in source or path.is_dir() and not list(path.glob("dataset_*.json")):
         inside = (str(f) for f in path.iterdir() if f.is_dir() or re.fullmatch(files, f.name))
@@ -352,6 +353,8 @@ def parse_source(source, seed, kind, excluded=()):
 
 def build(source, tok, args, kind, excluded=()):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
+    from datasets import Dataset, Features, List, Value
+
     parsed, report = parse_source(source, args.seed, "sft" if kind == "sft" else "prefs", excluded * (kind != "eval"))
     tokens = List(Value("int32"))
     features = Features(id=Value("string"), prompt=tokens, responses=List(tokens), scores=List(Value("float64")),
@@ -373,8 +376,13 @@ def build(source, tok, args, kind, excluded=()):
         longer_wins=round(sum(wins) / len(wins), 4) if wins else None)
 
 def load_rows(path):
-    """The rows of a prepared folder. FileNotFoundError if it is none."""
-    return load_from_disk(str(path))
+    """The rows of a prepared folder. ValueError if it is none, or damaged."""
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a folder that prepare_data.py wrote, or damaged ({error})") from None
 
 def batch_indices(n, batch_size, seed, step):
     """Data order, a pure function: the positions of global batch `step` among n items. An epoch is a permutation."""
@@ -404,21 +412,22 @@ def begin(out, args, inputs, redo=False):
                 raise ValueError(f"{folder} is of other arguments ({diff}); remove it or change --out")
             if folder == Path(out) and not diff:
                 return None
-        elif folder.exists():
+        elif folder.exists() and {f.name for f in folder.iterdir()} - {"args.draft"}:  # else killed before it had one
             raise ValueError(f"{folder} exists and is not of this script; choose another --out")
 
     def make():
         folder.mkdir(parents=True, exist_ok=True)  # OUT.partial
-        (folder / "args.json").write_text(json.dumps(now, indent=1))
-        return folder
+        (folder / "args.draft").write_text(json.dumps(now, indent=1))
+        return (folder / "args.draft").replace(folder / "args.json").parent
     return make
 
 def run(main, parser):
     """Parse and run; a bad argument or input is one line on stderr and exit code 1."""
     try:
-        main(parser.parse_args())
+        return main(parser.parse_args())
     except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {str(error).strip().splitlines()[0]}") from None
+        message = str(error).strip().splitlines()[0]
+    raise SystemExit(f"{parser.prog}: {message}")  # out here, so that what main held is closed, progress bars too
 
 def main(args):
     toy = args.model == "toy"

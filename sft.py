@@ -12,11 +12,11 @@ metrics.jsonl; OUT.partial until complete, and the same command resumes from its
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -27,15 +27,15 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import tqdm
 import transformers
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     set_model_state_dict)
+from torch.distributed.checkpoint import state_dict as whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from prepare_data import batch_indices, begin, end_of_turn, load_rows, load_tokenizer, run
+from prepare_data import (batch_indices, begin, end_of_turn, fingerprint, load_rows,
+                          load_tokenizer, run)
 
 # ------------------------------------------------------------------------------------- processes
 
@@ -55,18 +55,28 @@ def print0(*words):
     if dist.get_rank() == 0:
         print(*words, flush=True)
 
-def on_rank0(function, *args):
-    """function(*args) of rank 0, on every rank; so is its ValueError or OSError."""
+SIGNALS = []  # the first stops a run after its step; a second at once, but torchrun repeats it
+
+def heed(number, frame):
+    if SIGNALS and "RANK" not in os.environ:
+        os._exit(128 + number)
+    SIGNALS.append(number)
+
+def on_rank0(function, *args, what=""):
+    """function(*args) of rank 0, on every rank; so is its error, after `what`, a file's name."""
     box = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = function(*args)
-        except (ValueError, OSError) as error:
-            box[1] = error
+        except Exception as error:  # of any kind: the others must not wait
+            box[1] = f"{what}{type(error).__name__}: {str(error).strip()}".splitlines()[0]
     dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
+    check(not box[1], box[1])
     return box[0]
+
+def check(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 # ---------------------------------------------------------------------- the model and its scores
 UNSUPPORTED = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # of a config; not done here
@@ -96,13 +106,10 @@ def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0
 def attend_block(q, k, v, scaling, window, softcap):
     """Causal attention of sequences padded on the right: (S, heads, L, D) -> (S * L, H, D)."""
     length = q.shape[2]
-    if softcap is None and (window or length) >= length:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
-    age = (place := torch.arange(length, device=q.device))[:, None] - place  # (L, L)
-    seen = (age >= 0) & (age < (window or length))
+    seen = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
     if softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=True)
+        how = dict(is_causal=True) if (window or length) >= length else dict(attn_mask=seen)
+        out = F.scaled_dot_product_attention(q, k, v, **how, scale=scaling, enable_gqa=True)
     else:  # Gemma-2
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         weights = softcap * torch.tanh(q @ k.mT * (scaling / softcap))
@@ -145,15 +152,11 @@ class Scorer(torch.nn.Module):
 
 def load_config(path):
     """The config of a Hugging Face folder or hub id; ValueError if there is none."""
-    try:
-        return transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: neither a model folder nor a hub id within reach "
-                         f"({str(error).splitlines()[0]})") from None
+    return on_rank0(lambda: transformers.AutoConfig.from_pretrained(path, trust_remote_code=False),
+                    what=f"{path}: neither a model folder nor a hub id within reach: ")
 
 def load_model(path, device, checkpointed=0, reward=False):
     """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout).
-
     Weights are fp32; on a GPU forward and backward run in bf16. Rank 0 alone reads the weights.
     checkpointed: how many of the decoder layers recompute their activations.
     reward: a scalar head in place of the LM head, as for sequence classification.
@@ -163,28 +166,29 @@ def load_model(path, device, checkpointed=0, reward=False):
         raise ValueError(f"{path}: its config sets {scaled[0]}, which the scorer does not apply")
     if reward:
         auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
-    box, how = [], dict(config=config, dtype=torch.float32, attn_implementation="packed")
-    on_rank0(lambda: box.append(auto.from_pretrained(path, **how)))
-    full = box[0] if box else None  # the whole model, on the CPU of rank 0
+    box, how = [None], dict(config=config, dtype=torch.float32, attn_implementation="packed")
+
+    def read():  # never a pickle, which can run what was sent in it
+        box[:] = auto.from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
+        check({*box[1]["missing_keys"]} <= {"score.weight"}, f"they lack {box[1]['missing_keys']}")
+
+    on_rank0(read, what=f"{path}: no whole safetensors weights; get them again or convert them: ")
+    full = box[0]  # the whole model, on the CPU of rank 0
     with torch.device("meta"):
         lm = auto.from_config(**how)
-    if not hasattr(lm.base_model, "layers"):
-        raise ValueError(f"{path}: a {config.model_type} model has no `layers`; supported are "
-                         "Llama, Mistral, Qwen, Gemma and models built like them")
+    check(hasattr(lm.base_model, "layers"), f"{path}: a {config.model_type} model has no `layers`; "
+          "supported are Llama, Mistral, Qwen, Gemma and models built like them")
     scorer, mesh = Scorer(lm).eval(), init_device_mesh(device.type, (dist.get_world_size(),))
-    bf16 = (torch.bfloat16, torch.float32) if device.type == "cuda" else ()
-    policy = MixedPrecisionPolicy(*bf16)  # of compute and of reduction
-    for layer in lm.base_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if device.type == "cuda" else None, torch.float32)
+    for module in (*lm.base_model.layers, scorer):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     scorer.to_empty(device=device)
     lm.tie_weights()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(lm, full.state_dict() if full else {}, options=options)
-    known = dict(full.named_buffers()) if full else {}
+    options = whole.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    whole.set_model_state_dict(lm, full.state_dict() if full else {}, options=options)
+    known = on_rank0(lambda: dict(full.named_buffers()))
     for name, buffer in lm.named_buffers():  # rotary frequencies: not in any state dict
-        buffer.copy_(known.get(name, buffer))
-        dist.broadcast(buffer, 0)
+        buffer.copy_(known[name])
     lm.generation_config = getattr(full or lm, "generation_config", None)  # none: a reward model
     if checkpointed:  # the older name: transformers before 5.20
         getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()
@@ -279,20 +283,24 @@ def learning_rate(step, steps, peak, warmup=0.1):
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-def update(scorer, optimizer, lr, clip, loss=0.0, what=""):
-    """Clip by global norm, step, clear. Returns the norm; no step but ValueError if not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), clip).full_tensor().item()
+def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), logps=()):
+    """Clip by global norm, step, clear. Returns the norm, and the signal that any rank got, or 0.
+    No step but ValueError if not finite; it names `ids`, rows, with `logps` (G, ...)."""
+    norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), clip).full_tensor()
+    both = torch.stack([norm, norm.new_full((), max(SIGNALS, default=0))])  # one host sync for both
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    norm, stop = both.tolist()
     if not math.isfinite(loss + norm):
-        raise ValueError(f"loss {loss}, gradient norm {norm} in {what}")
-    group = optimizer.param_groups[0]
-    group["lr"] = lr
-    for p, local in zip(optimizer.named.values(), group["params"]):
+        raise ValueError(f"loss {loss}, gradient norm {norm} in step {step}, by the log-probs "
+                         f"{[*zip(ids, logps.tolist())]}")
+    optimizer.param_groups[0]["lr"] = lr
+    for p, local in zip(optimizer.named.values(), optimizer.param_groups[0]["params"]):
         if p is not local:
             local.grad = p.grad.to_local()
     optimizer.step()
     optimizer.zero_grad()
     scorer.zero_grad()
-    return norm
+    return norm, int(stop)
 
 def tensors(scorer, optimizer):
     """All that a checkpoint holds, by flat keys. A DTensor is one entry of all ranks; the plain
@@ -305,73 +313,70 @@ def tensors(scorer, optimizer):
                 out[f"opt.{rank}{name}.{key}"] = value
     return out
 
-def save_checkpoint(partial, step, scorer, optimizer, state=None):
-    """Write PARTIAL/step-N, whole or not at all, then remove older ones. state: the loss's."""
-    folder, draft = partial / f"step-{step}", partial / f"draft-{step}"
-    on_rank0(lambda: shutil.rmtree(draft, ignore_errors=True))
-    dcp.save(tensors(scorer, optimizer), checkpoint_id=draft)
+def end_step(args, partial, steps, stop, scorer, optimizer, state, record):
+    """Write a line of metrics.jsonl. Every --save-every steps, or for `stop`, a signal, which ends
+    the run: write a checkpoint, whole or not at all, and keep two. state: what the loop carries."""
+    step, folder = record["step"], partial / "checkpoints"
+    if dist.get_rank() == 0:
+        gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
+        record["memory_gib"] = (gpu or getrusage(RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+        with open(partial / "metrics.jsonl", "a" if step > 1 else "w") as file:
+            file.write(json.dumps(record) + "\n")
+    if step == steps or not (stop or args.save_every and step % args.save_every == 0):
+        return
+    try:
+        dcp.save(tensors(scorer, optimizer), checkpoint_id=folder / f"draft-{step}")
+    except dcp.CheckpointException as error:
+        raise OSError(f"{folder}: {[*error.failures.values()][0][0]}") from None
 
     def complete():
-        world = 0 if isinstance(optimizer, torch.optim.AdamW) else dist.get_world_size()
-        torch.save(dict(step=step, state=state or {}, world=world), draft / "state.pt")
-        os.replace(draft, folder)
-        for old in partial.glob("step-*"):
-            if old != folder:
-                shutil.rmtree(old)
+        draft = folder / f"draft-{step}"
+        torch.save(state, draft / "state.pt")
+        shutil.copy(partial / "metrics.jsonl", draft)
+        os.replace(draft, folder / f"step-{step:07}-{fingerprint(draft)}")
+        for old in [*folder.glob("draft-*"), *sorted(folder.glob("step-*"))[:-2]]:
+            shutil.rmtree(old)
 
-    on_rank0(complete)
+    on_rank0(complete, what=f"{folder}: ")
+    if stop:
+        why = json.dumps(dict(signal=signal.Signals(stop).name, step=step))
+        on_rank0((partial / "stopped.json").write_text, why)
+        raise SystemExit(128 + stop)
 
 def load_checkpoint(partial, scorer, optimizer):
-    """Load the newest complete checkpoint of PARTIAL, if any. Returns (step, the loss's state)."""
-    found = on_rank0(lambda: sorted(partial.glob("step-*"), key=lambda f: int(f.name[5:])))
-    if not found:
-        return 0, {}
-    saved = torch.load(found[-1] / "state.pt")
-    if saved["world"] not in (0, dist.get_world_size()):
-        raise ValueError(f"{found[-1]} has the 8-bit moments of {saved['world']} processes; "
-                         f"resume with as many, not {dist.get_world_size()}")
+    """Load the newest whole checkpoint, if any: (step, state). From here on signals are heeded."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, heed)
+
+    def newest():
+        (partial / "stopped.json").unlink(missing_ok=True)
+        for folder in sorted(partial.glob("checkpoints/step-*"), reverse=True):
+            if folder.name.endswith(fingerprint(folder)):
+                shutil.copy(folder / "metrics.jsonl", partial)
+                return folder
+            print(f"{folder} is damaged: the one before it is used, if any", flush=True)
+            os.replace(folder, folder.with_name(f"draft-{folder.name}"))
+
+    folder = on_rank0(newest)
+    if not folder:
+        return 0, None
     for p in scorer.parameters():
         p.grad = torch.zeros_like(p)
     update(scorer, optimizer, lr=0.0, clip=1.0)  # makes the moments exist
-    dcp.load(tensors(scorer, optimizer), checkpoint_id=found[-1])
-    step = saved["step"]
+    dcp.load(tensors(scorer, optimizer), checkpoint_id=folder)
+    step = int(folder.name.split("-")[1])
     for moments in optimizer.state.values():
         moments["step"] = moments["step"] * 0 + step
-    print0(f"resumed from {found[-1]}")
-    return step, saved["state"]
-
-@contextlib.contextmanager
-def metrics_log(partial, first, steps, name):
-    """(log, start): log(dict) writes a line of metrics.jsonl and moves the progress bar; start is
-    the first line, if any. The lines after step `first` are dropped: a resumed run writes each step
-    once. On rank 0 only."""
-    if dist.get_rank():
-        yield lambda record: None, None
-        return
-    with (open(partial / "metrics.jsonl", "a+") as file,
-          tqdm.tqdm(total=steps, initial=first, desc=name, unit="step") as bar):
-        file.seek(0)
-        lines = [file.readline() for _ in range(first)]
-        file.truncate(file.tell())
-
-        def log(record):
-            gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
-            record["memory_gib"] = (gpu or getrusage(RUSAGE_SELF).ru_maxrss * 1024) / 2**30
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            shown = {k: f"{record[k]:.3g}" for k in ("loss", "lr", "accuracy") if k in record}
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
-
-        yield log, json.loads(lines[0]) if any(lines) else None
+    print0(f"resumed from {folder}")
+    return step, torch.load(folder / "state.pt")
 
 def save_model(scorer, tok, partial, args):
     """PARTIAL -> OUT, an ordinary Hugging Face folder: weights, tokenizer with its chat template,
     generation config with every stop id. For --save-dtype bfloat16 it prints the share of weight
     changes since --model that survive; at these learning rates most do not."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(scorer.lm, options=options)
     lm, dtype = scorer.lm, getattr(torch, args.save_dtype)
+    options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = whole.get_model_state_dict(lm, options=options)
 
     def write():
         if dtype == torch.bfloat16:
@@ -387,19 +392,17 @@ def save_model(scorer, tok, partial, args):
             if {"temperature", "top_p", "top_k"} & set(generation.to_diff_dict()):
                 generation.do_sample = True  # without it transformers refuses to save them
         else:  # a reward model: transformers scores the last token that is not padding
-            pads = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
-            tok.pad_token_id = next(i for i in pads if i not in (None, end))
-            lm.config.pad_token_id = tok.pad_token_id
+            ids = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
+            tok.pad_token_id = lm.config.pad_token_id = next(i for i in ids if i not in (None, end))
         cast = {v.data_ptr(): v.to(dtype) for v in state.values()}  # tied weights stay one tensor
         lm.save_pretrained(partial, state_dict={k: cast[v.data_ptr()] for k, v in state.items()})
         lm.config.dtype = dtype
         lm.config.save_pretrained(partial)
         tok.save_pretrained(partial)
         os.replace(partial, args.out)
-        for folder in [*Path(args.out).glob("step-*"), *Path(args.out).glob("draft-*")]:
-            shutil.rmtree(folder)
+        shutil.rmtree(Path(args.out) / "checkpoints", ignore_errors=True)
 
-    on_rank0(write)
+    on_rank0(write, what=f"{partial}: ")
 
 # ------------------------------------------------------------------------------------------ main
 
@@ -408,29 +411,32 @@ def check_vocabulary(data, model):
     size, near = load_config(model).vocab_size, [p / "tokenizer" for p in Path(data).parents[:2]]
     files = [f / "tokenizer.json" for f in (*near, Path(model)) if (f / "tokenizer.json").exists()]
     vocab = [json.loads(f.read_text())["model"]["vocab"] for f in files]
-    if len(vocab) > 1 and vocab[0] != vocab[-1] or vocab and len(vocab[0]) > size:
-        raise ValueError(f"{data} was prepared with another tokenizer than that of {model}")
+    check(not vocab or vocab[0] == vocab[-1] and len(vocab[0]) <= size,
+          f"{data} was prepared with another tokenizer than that of {model}")
 
 def start(args, reward=False, **also):
     """Device, rows, tokenizer, scorer, optimizer and OUT.partial of a trainer; None if OUT is
     complete. Bad arguments fail here. also: what makes the result, besides args."""
     device, rows = setup(), load_rows(args.data)
-    if min(args.batch_size, args.tokens_per_forward, args.epochs) <= 0:
-        raise ValueError("--batch-size, --tokens-per-forward and --epochs must be positive")
+    for name, value in vars(args).items():
+        least = name in ("batch_size", "clip", "epochs", "lr", "tokens_per_forward") and 1e-300
+        check(not isinstance(value, (int, float)) or least <= value < math.inf,
+              f"--{name.replace('_', '-')} {value}: out of range")
     check_vocabulary(args.data, args.model)
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
+    also |= dict(processes=dist.get_world_size()) if args.optimizer == "adamw8bit" else {}
     make = begin(args.out, argparse.Namespace(**vars(args) | also), [args.data, args.model])
     if make is None:
+        on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
         return print0(f"{args.out} is complete")
     scorer = load_model(args.model, device, args.checkpoint_layers, reward)
     optimizer = make_optimizer(args.optimizer, scorer, args.weight_decay)
     return device, rows, tok, scorer, optimizer, on_rank0(make)
 
 def main(args):
-    if max(map(len, load_rows(args.data)["scores"])) > 1:
-        raise ValueError(f"{args.data}: has rows of several responses; SFT wants demonstrations")
-    ready = start(args)
-    if ready is None:
+    one = max(map(len, load_rows(args.data)["scores"])) == 1
+    check(one, f"{args.data}: has rows of several responses; SFT wants demonstrations")
+    if not (ready := start(args)):
         return
     device, data, tok, scorer, optimizer, partial = ready
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -438,26 +444,22 @@ def main(args):
     print0(f"sft: {len(data)} demonstrations x {args.epochs:g} epochs / {args.batch_size} a step = "
            f"{steps} steps, on {world} {device.type} process(es)")
     first, _ = load_checkpoint(partial, scorer, optimizer)
-    with metrics_log(partial, first, steps, "sft") as (log, _):
-        for step in range(first, steps):
-            began = time.perf_counter()
-            batch = data[batch_indices(len(data), args.batch_size, args.seed, step)]
-            rows = list(zip(batch["prompt"], batch["responses"]))
-            tokens = sum(len(r) for _, rs in rows for r in rs)
-            loss = torch.zeros((), device=device)
-            for micro in plan(rows, world, args.tokens_per_forward)[rank]:
-                part = -score(scorer, rows, micro, device).sum() / tokens
-                (part * world).backward()  # FSDP averages over ranks
-                loss += part.detach()
-            dist.all_reduce(loss)
-            lr = learning_rate(step, steps, args.lr)
-            what, loss = f"step {step + 1}: {batch['id']}", loss.item()
-            norm = update(scorer, optimizer, lr, args.clip, loss, what)
-            total, seconds = tokens + sum(len(p) for p, _ in rows), time.perf_counter() - began
-            log(dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens,
-                     tokens_per_s=total / seconds))
-            if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
-                save_checkpoint(partial, step + 1, scorer, optimizer)
+    for step in tqdm.trange(first, steps, total=steps, initial=first, disable=rank > 0):
+        began = time.perf_counter()
+        batch = data[batch_indices(len(data), args.batch_size, args.seed, step)]
+        rows = list(zip(batch["prompt"], batch["responses"]))
+        tokens = sum(len(r) for _, rs in rows for r in rs)
+        logps = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        for micro in plan(rows, world, args.tokens_per_forward)[rank]:
+            out = score(scorer, rows, micro, device)
+            (-out.sum() * world / tokens).backward()  # FSDP averages over ranks
+            logps[micro] = out.detach().double()
+        dist.all_reduce(logps)
+        lr, loss = learning_rate(step, steps, args.lr), -logps.sum().item() / tokens
+        norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, batch["id"], logps)
+        line = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens)
+        line["tokens_per_s"] = sum(map(len, batch["prompt"]), tokens) / (time.perf_counter() - began)
+        end_step(args, partial, steps, stop, scorer, optimizer, None, line)
     save_model(scorer, tok, partial, args)
     print0(f"wrote {args.out}")
 
@@ -469,14 +471,13 @@ def trainer_arguments(parser, lr, batch_size, epochs, what):
     add("--out", required=True, help="the folder to write; OUT.partial until complete")
     add("--epochs", type=float, default=epochs, help=f"passes over the data (default {epochs})")
     add("--lr", type=float, default=lr, help=f"peak learning rate (default {lr})")
-    add("--batch-size", type=int, default=batch_size, help=f"{what} in the global batch "
-        f"(default {batch_size})")
+    add("--batch-size", type=int, default=batch_size, help=f"{what} of one step ({batch_size})")
     add("--tokens-per-forward", type=int, default=8192, help="memory, not results (default 8192)")
     add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="or bitsandbytes' 8-bit")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     add("--clip", type=float, default=1.0, help="largest global gradient norm (default 1)")
     add("--checkpoint-layers", type=int, default=0, metavar="K", help="layers that recompute (0)")
-    add("--save-every", type=int, default=0, metavar="N", help="checkpoint every N steps (0: none)")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 2 are kept (0: none)")
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the result")
     add("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs (0)")
     add("--seed", type=int, default=0, help="of the data order")

@@ -48,12 +48,15 @@ def process_group():
 
 def run_here(script, *args):
     """Run a stage as a script inside this process (an import of torch costs seconds). Its SystemExit, if any, is raised."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, args)]
     try:
         with process_group():
             runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def command(script, *args, n=1):

@@ -53,7 +53,7 @@ def test_every_flag_is_read(name):
 
 def test_every_metric_is_defined_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    keys = set(re.findall(r"(\w+)=", " ".join(re.findall(r"log\(dict\((.*?)\)\)\n", source["align"] + source["sft"], re.S))))
+    keys = set(re.findall(r"(\w+)=", " ".join(re.findall(r"dict\(\s*(step=.*?)\)\n", source["align"] + source["sft"], re.S))))
     keys |= set(re.findall(r"(\w+)=", re.search(r"out = dict\((.*?)\)\n    for", source["align"], re.S)[1]))
     keys |= {f"{kind}_{which}" for kind in ("pairs", "grad") for which in ("misranked", "barely", "well")} | {"dlogp_chosen", "dlogp_rejected"}
     keys -= {"correction"}
