@@ -37,8 +37,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 
-from prepare_data import batch_indices, fingerprint, load_rows, run
-from sft import (check, end_step, learning_rate, load_checkpoint, on_rank0, plan, print0,
+from prepare_data import batch_indices, check, fingerprint, load_rows, run
+from sft import (end_step, learning_rate, load_checkpoint, on_rank0, plan, print0,
                  save_model, score, start, trainer_arguments, update)
 
 # ---------------------------------------------------------------------------------------- losses
@@ -89,8 +89,7 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
     znorm, exp, clip: False for the paper's ablations. It does not print their formulas; these are
       a reading: z = mu - r; margin = beta * gamma, gamma = z * mu; a margin for every pair.
     """
-    if form not in ("code", "paper"):
-        raise ValueError(f"amapo: form={form}; wanted code or paper")
+    check(form in ("code", "paper"), f"amapo: form={form}; wanted code or paper")
     r = pi.w / pi.nw - pi.l / pi.nl  # (G,)
     groups = r.detach().split(group or len(r))
     margin = torch.cat([amapo_margin(x, beta, form, znorm, exp, clip) for x in groups])
@@ -375,15 +374,14 @@ def configure(name, settings):
     check(name in LOSSES, f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
     parameters = inspect.signature(LOSSES[name]).parameters.items()
     known = "pi ref pi_head ref_head pi_square kl gap" + " state" * LOSSES[name].batch
-    if unknown := set(wants(LOSSES[name])) - {*known.split()}:
-        raise ValueError(f"--loss {name}: the loop has no {unknown} for it; hyper-parameters come "
-                         "after `*`, and `state` is for @loss(batch=True)")
+    unknown = set(wants(LOSSES[name])) - {*known.split()}
+    check(not unknown, f"--loss {name}: the loop has no {unknown} for it; hyper-parameters come "
+          "after `*`, and `state` is for @loss(batch=True)")
     hp = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY}
+    defaults = ", ".join(f"{k}={v}" for k, v in hp.items()) or "none"
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key not in hp:
-            known = ", ".join(f"{k}={v}" for k, v in hp.items()) or "none"
-            raise ValueError(f"--hp {setting}: {name} has no {key}; its hyper-parameters: {known}")
+        check(key in hp, f"--hp {setting}: {name} has no {key}; its hyper-parameters: {defaults}")
         kind = float if type(hp[key]) is int and "." in value else type(hp[key])
         try:
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
@@ -484,8 +482,8 @@ def reference_scores(scorer, data, pairs, supply, args, device, steps):
 def read_margins(args, count):
     """(P,) reward margins w - l of all P = count pairs, that `--loss reward` wrote."""
     saved = json.loads(Path(args.margins).read_text())
-    if saved["data"] != fingerprint(args.data) or len(saved["margins"]) != count:
-        raise ValueError(f"{args.margins}: not of the {count} pairs of {args.data}")
+    same = saved["data"] == fingerprint(args.data) and len(saved["margins"]) == count
+    check(same, f"{args.margins}: not of the {count} pairs of {args.data}")
     return torch.tensor(saved["margins"], dtype=torch.float64)
 
 # ------------------------------------------------------------------------------ one global batch
@@ -571,8 +569,9 @@ def main(args):
     scorer.squares = "pi_square" in supply
     first, saved = load_checkpoint(partial, scorer, optimizer)
     state, origin = saved or ({}, None)  # of the loss; the first step's metrics
-    for step in tqdm.trange(first, steps, total=steps, initial=first, desc=args.loss,
-                            disable=dist.get_rank() > 0):
+    bar = tqdm.trange(first, steps, total=steps, initial=first, desc=args.loss,
+                      disable=dist.get_rank() > 0)
+    for step in bar:
         began = time.perf_counter()
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
         rows, ids, gap = fetch(data, pairs, index, supply)
@@ -594,7 +593,7 @@ def main(args):
         metrics |= {f"d{k}": metrics[k] - origin[k] for k in ("logp_chosen", "logp_rejected")}
         seconds = time.perf_counter() - began
         tokens = sum(len(p) + sum(map(len, rs)) for p, rs in rows)
-        end_step(args, partial, steps, stop, scorer, optimizer, (state, origin), dict(
+        end_step(args, partial, bar, stop, scorer, optimizer, (state, origin), dict(
             step=step + 1, lr=lr, grad_norm=norm, **metrics,
             pairs_per_s=len(rows) / seconds, tokens_per_s=tokens / seconds))
     if args.loss == "reward":

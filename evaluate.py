@@ -32,8 +32,8 @@ import torch.distributed as dist
 import tqdm
 import transformers
 
-from prepare_data import (TASKS, begin, decode, encode_prompt, load_rows, load_tokenizer, run,
-                          true_reward)
+from prepare_data import (TASKS, begin, check, decode, encode_prompt, load_rows, load_tokenizer,
+                          run, true_reward)
 from sft import check_vocabulary, load_model, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------------------- scores
@@ -359,12 +359,11 @@ def find_sets(root):
     """{name: rows} of a folder of prepared sets, in the order of writing, or of one set."""
     files = [f / "dataset_info.json" for f in (root, *root.glob("*"))]
     files = sorted((f for f in files if f.exists()), key=lambda f: f.stat().st_mtime_ns)
-    if not files:
-        raise ValueError(f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
+    check(files, f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
     sets = {f.parent.name: load_rows(f.parent) for f in files}
     for name, data in sets.items():
-        if all(len(set(labels)) < 2 for labels in data["scores"]):
-            raise ValueError(f"{root}: in {name} no two responses of a row differ in score")
+        unequal = any(len(set(labels)) > 1 for labels in data["scores"])
+        check(unequal, f"{root}: in {name} no two responses of a row differ in score")
     return sets
 
 def score_kinds(sums, ref, lengths):
@@ -389,8 +388,7 @@ def main(args):
         bases = dict.fromkeys([*(run["ref"] for run in runs), "dpo", "simpo", "simpo@gamma=0"])
         Path(args.out).mkdir(parents=True, exist_ok=True)
         return write_tables(Path(args.out), merge(map(tables_of, runs), bases), {})
-    if not (args.models and args.data):
-        raise ValueError("wanted MODEL ... and --data, or --summary")
+    check(args.models and args.data, "wanted MODEL ... and --data, or --summary")
     device, sets = setup(), find_sets(Path(args.data))
     paths = list(dict.fromkeys([*([args.ref] if args.ref else []), *args.models]))
     for path in paths:

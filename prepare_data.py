@@ -35,6 +35,10 @@ import jinja2
 import tokenizers
 import transformers
 
+def check(condition, message, error=ValueError):
+    if not condition:
+        raise error(message)
+
 # --------------------------------------------------------------------------------- the toy world
 # Lists of digits, tasks with one right answer, writers of different skill, three styles. Labels: for training
 # Bradley-Terry on true reward plus a taste for rich style, for evaluation true reward. OOD: absent from preferences only.

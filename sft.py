@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from prepare_data import (batch_indices, begin, end_of_turn, fingerprint, load_rows,
+from prepare_data import (batch_indices, begin, check, end_of_turn, fingerprint, load_rows,
                           load_tokenizer, run)
 
 # ------------------------------------------------------------------------------------- processes
@@ -74,10 +74,6 @@ def on_rank0(function, *args, what=""):
     check(not box[1], box[1])
     return box[0]
 
-def check(condition, message):
-    if not condition:
-        raise ValueError(message)
-
 # ---------------------------------------------------------------------- the model and its scores
 UNSUPPORTED = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # of a config; not done here
 HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
@@ -88,8 +84,8 @@ def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0
     """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value
     (1, K, T, D) -> (1, T, H, D). See `pack` for the layout: for attention alone each response is a
     causal sequence with its own copy of the prompt. What would change the maths is refused."""
-    if dropout or (others := {k for k in others if others[k] is not None} - HARMLESS):
-        raise ValueError(f"attention with {others or 'dropout'} is not supported")
+    others = {k for k in others if others[k] is not None} - HARMLESS
+    check(not (dropout or others), f"attention with {others or 'dropout'} is not supported")
     flat, back, ends, blocks = layout
     q, k, v = (x[0].transpose(0, 1).index_select(0, flat) for x in (query, key, value))  # (M, ., D)
     if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
@@ -162,8 +158,8 @@ def load_model(path, device, checkpointed=0, reward=False):
     reward: a scalar head in place of the LM head, as for sequence classification.
     """
     config, auto = load_config(path), transformers.AutoModelForCausalLM
-    if scaled := [k for k in UNSUPPORTED if getattr(config, k, None) not in (None, 1.0)]:
-        raise ValueError(f"{path}: its config sets {scaled[0]}, which the scorer does not apply")
+    scaled = [k for k in UNSUPPORTED if getattr(config, k, None) not in (None, 1.0)]
+    check(not scaled, f"{path}: its config sets {scaled}, which the scorer does not apply")
     if reward:
         auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
     box, how = [None], dict(config=config, dtype=torch.float32, attn_implementation="packed")
@@ -313,16 +309,17 @@ def tensors(scorer, optimizer):
                 out[f"opt.{rank}{name}.{key}"] = value
     return out
 
-def end_step(args, partial, steps, stop, scorer, optimizer, state, record):
+def end_step(args, partial, bar, stop, scorer, optimizer, state, record):
     """Write a line of metrics.jsonl. Every --save-every steps, or for `stop`, a signal, which ends
     the run: write a checkpoint, whole or not at all, and keep two. state: what the loop carries."""
     step, folder = record["step"], partial / "checkpoints"
+    bar.set_postfix({k: f"{record[k]:.3g}" for k in ("loss", "accuracy") if k in record}, refresh=False)
     if dist.get_rank() == 0:
         gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
         record["memory_gib"] = (gpu or getrusage(RUSAGE_SELF).ru_maxrss * 1024) / 2**30
         with open(partial / "metrics.jsonl", "a" if step > 1 else "w") as file:
             file.write(json.dumps(record) + "\n")
-    if step == steps or not (stop or args.save_every and step % args.save_every == 0):
+    if step == bar.total or not (stop or args.save_every and step % args.save_every == 0):
         return
     try:
         dcp.save(tensors(scorer, optimizer), checkpoint_id=folder / f"draft-{step}")
@@ -444,7 +441,8 @@ def main(args):
     print0(f"sft: {len(data)} demonstrations x {args.epochs:g} epochs / {args.batch_size} a step = "
            f"{steps} steps, on {world} {device.type} process(es)")
     first, _ = load_checkpoint(partial, scorer, optimizer)
-    for step in tqdm.trange(first, steps, total=steps, initial=first, disable=rank > 0):
+    bar = tqdm.trange(first, steps, total=steps, initial=first, desc="sft", disable=rank > 0)
+    for step in bar:
         began = time.perf_counter()
         batch = data[batch_indices(len(data), args.batch_size, args.seed, step)]
         rows = list(zip(batch["prompt"], batch["responses"]))
@@ -459,7 +457,7 @@ def main(args):
         norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, batch["id"], logps)
         line = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens)
         line["tokens_per_s"] = sum(map(len, batch["prompt"]), tokens) / (time.perf_counter() - began)
-        end_step(args, partial, steps, stop, scorer, optimizer, None, line)
+        end_step(args, partial, bar, stop, scorer, optimizer, None, line)
     save_model(scorer, tok, partial, args)
     print0(f"wrote {args.out}")
 
