@@ -324,7 +324,7 @@ def end_step(args, partial, bar, stop, scorer, optimizer, state, record):
     try:
         dcp.save(tensors(scorer, optimizer), checkpoint_id=folder / f"draft-{step}")
     except dcp.CheckpointException as error:
-        raise OSError(f"{folder}: {[*error.failures.values()][0][0]}") from None
+        raise OSError(f"{folder}: is there room? {[*error.failures.values()][0][0]}") from None
 
     def complete():
         draft = folder / f"draft-{step}"
@@ -334,7 +334,7 @@ def end_step(args, partial, bar, stop, scorer, optimizer, state, record):
         for old in [*folder.glob("draft-*"), *sorted(folder.glob("step-*"))[:-2]]:
             shutil.rmtree(old)
 
-    on_rank0(complete, what=f"{folder}: ")
+    on_rank0(complete, what=f"{folder}: is there room? ")
     if stop:
         why = json.dumps(dict(signal=signal.Signals(stop).name, step=step))
         on_rank0((partial / "stopped.json").write_text, why)
@@ -399,7 +399,7 @@ def save_model(scorer, tok, partial, args):
         os.replace(partial, args.out)
         shutil.rmtree(Path(args.out) / "checkpoints", ignore_errors=True)
 
-    on_rank0(write, what=f"{partial}: ")
+    on_rank0(write, what=f"{partial}: is there room? the same command resumes: ")
 
 # ------------------------------------------------------------------------------------------ main
 
@@ -455,9 +455,9 @@ def main(args):
         dist.all_reduce(logps)
         lr, loss = learning_rate(step, steps, args.lr), -logps.sum().item() / tokens
         norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, batch["id"], logps)
-        line = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens)
-        line["tokens_per_s"] = sum(map(len, batch["prompt"]), tokens) / (time.perf_counter() - began)
-        end_step(args, partial, bar, stop, scorer, optimizer, None, line)
+        log = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens)
+        log["tokens_per_s"] = sum(map(len, batch["prompt"]), tokens) / (time.perf_counter() - began)
+        end_step(args, partial, bar, stop, scorer, optimizer, None, log)
     save_model(scorer, tok, partial, args)
     print0(f"wrote {args.out}")
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, command, run_here, run_stage
 from safetensors.torch import load_file, save_file
-from test_train import assert_same_run, metrics
+from test_train import metrics
 
 LONG = ["--batch-size", 9, "--max-steps", 100, "--lr", 1e-4]
 SHORT = ["--batch-size", 9, "--max-steps", 6, "--lr", 1e-3, "--save-every", 2]
@@ -71,7 +71,8 @@ def start_and_signal(job, out, number, n=1):
 
 @pytest.mark.parametrize("name, n, code", [pytest.param("SIGTERM", 1, 143, marks=pytest.mark.soak), ("SIGINT", 1, 130), ("SIGTERM", 2, None)])
 def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(name, n, code, align, models, whole, tmp_path, capfd):
-    """With no --save-every. One process is resumed bit-equal; two by one process, which is exact to rounding."""
+    """With no --save-every. One process is resumed bit-equal; two by one process, which is exact to rounding: over 100
+    steps it grows to 1e-5, while moments that are lost make 1e-3."""
     job = align(tmp_path / "o", *LONG)
     rc = start_and_signal(job, tmp_path / "o", getattr(signal, name), n)
     partial = tmp_path / "o.partial"
@@ -84,7 +85,9 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(name, n, code
     if n == 1:
         assert equal(tmp_path / "o", whole / "long")
     else:
-        assert_same_run(whole / "long", tmp_path / "o", models["llama"])
+        a, b = load_file(whole / "long/model.safetensors"), load_file(tmp_path / "o/model.safetensors")
+        apart, scale = (sum(x.square().sum() for x in xs) ** 0.5 for xs in ((a[k] - b[k] for k in a), a.values()))
+        assert len(metrics(tmp_path / "o")) == 100 and apart < 1e-4 * scale
     assert {f.name for f in (tmp_path / "o").iterdir()} == {f.name for f in (whole / "long").iterdir()}
 
 
@@ -178,7 +181,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(size, align, whole
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     done = subprocess.run(command(*job), capture_output=True, text=True, preexec_fn=limit)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("align.py: ") and str(tmp_path / "o.partial") in last and "Traceback" not in done.stderr
+    assert done.returncode == 1 and last.startswith("align.py: ") and str(tmp_path / "o.partial") in last and "room" in last and "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()
     run_here(*job)
     assert equal(tmp_path / "o", whole / "short")
