@@ -94,8 +94,7 @@ def true_reward(meta, text):
 def toy_rows(split, seed):
     """The rows of a split of the toy world, in the shapes that real data have. Deterministic."""
     split, _, noise = split.partition("+noise=")
-    if split not in SPLITS:
-        raise ValueError(f"toy:{split}: the toy world has no such split, but {', '.join(SPLITS)}")
+    check(split in SPLITS, f"toy:{split}: the toy world has no such split, but {', '.join(SPLITS)}")
     size, tasks, writers, n, part = SPLITS[split]
     rng, rows, flips = random.Random(f"toy {split} {seed}"), [], random.Random(f"noise {seed}")
     while len(rows) < size:
@@ -231,22 +230,21 @@ def parse(row, kind):
     shape, read = next(iter(fits.items()), ("no known shape", "rename them, prepare_data.py lists the shapes"))
     if len({*fits.values()}) > 1 and kind in ("sft", "prefs") and shape != "TRL unpaired":
         read = "ambiguous, remove the keys of all but one"
-    if isinstance(read, str):
-        raise ValueError(f"has the keys {[*row]}, {' or '.join(fits) or shape}: {read}")
+    check(not isinstance(read, str), f"has the keys {[*row]}, {' or '.join(fits) or shape}: {read}")
     if SHAPES[shape][0] == "sft":
         talk = read(row)
         items = [(talk[:k], [t["content"]], [1.0], []) for k, t in enumerate(talk) if t["role"] == "assistant" and k]
     else:
         answers, scores = read(row)
         talks, scores = [messages(x, "assistant") for x in answers], [float(x) for x in scores]
-        if not isinstance(answers, list) or len(talks) != len(scores) or not all(map(math.isfinite, scores)):
-            raise ValueError("has not a list of answers and a finite score for each")
-        if len(talks) < 2 or any(t[:-1] != talks[0][:-1] or t[-1]["role"] != "assistant" for t in talks):
-            raise Dropped("not two answers to one prompt")
+        scored = isinstance(answers, list) and len(talks) == len(scores) and all(map(math.isfinite, scores))
+        check(scored, "has not a list of answers and a finite score for each")
+        same = all(t[:-1] == talks[0][:-1] and t[-1]["role"] == "assistant" for t in talks)
+        check(same and len(talks) > 1, "not two answers to one prompt", Dropped)
         prompt = max(talks[0][:-1], messages(row.get("prompt", [])), key=len)  # either may hold it
         items = [(prompt, [t[-1]["content"] for t in talks], scores, [0, 1, 2] * 2 * (shape == "RM-Bench"))]
-    if not items or not all(prompt and all(isinstance(t["content"], str) for t in prompt) for prompt, *_ in items):
-        raise ValueError("has no prompt (add the key prompt), no answer, or a turn that is not a text")
+    sound = items and all(prompt and all(isinstance(t["content"], str) for t in prompt) for prompt, *_ in items)
+    check(sound, "has no prompt (add the key prompt), no answer, or a turn that is not a text")
     return shape, items
 
 # ------------------------------------------------------------------------ chat template, tokens
@@ -262,8 +260,7 @@ def load_tokenizer(path):
     except (OSError, ValueError):
         raise ValueError(f"{path}: neither a model folder nor a hub id within reach") from None
     tok.chat_template = tok.chat_template or PLAIN_TEMPLATE
-    if tok.eos_token_id is None:
-        raise ValueError(f"{path}: the tokenizer has no end token (eos_token)")
+    check(tok.eos_token_id is not None, f"{path}: the tokenizer has no end token (eos_token)")
     return tok
 
 def render(tok, turns, **kwargs):
@@ -272,8 +269,7 @@ def render(tok, turns, **kwargs):
     try:
         text = tok.apply_chat_template(turns, tokenize=False, **kwargs)
     except jinja2.TemplateError:
-        if turns[0]["role"] != "system" or len(turns) < 2:
-            raise Dropped("refused by the chat template") from None
+        check(turns[0]["role"] == "system" and len(turns) > 1, "refused by the chat template", Dropped)
         first = dict(turns[1], content=turns[0]["content"] + "\n\n" + turns[1]["content"])
         return render(tok, [first, *turns[2:]], **kwargs)
     bare = tok.bos_token and not text.startswith(tok.bos_token) and tok("").input_ids[:1] == [tok.bos_token_id]
@@ -291,8 +287,8 @@ def end_of_turn(tok):
 def encode_prompt(tok, turns):
     """Token ids of head = template(turns, generation prompt), with one BOS if the model has one."""
     ids = tok(render(tok, turns, add_generation_prompt=True), add_special_tokens=False).input_ids
-    if tok.bos_token_id not in (None, tok.eos_token_id) and ids.count(tok.bos_token_id) > 1:
-        raise Dropped("more than one BOS")
+    bos = tok.bos_token_id
+    check(bos in (None, tok.eos_token_id) or ids.count(bos) < 2, "more than one BOS", Dropped)
     return ids
 
 def encode_response(tok, turns, answer, prompt):
@@ -301,10 +297,10 @@ def encode_response(tok, turns, answer, prompt):
     end, tail = end_of_turn(tok)
     text = render(tok, [*turns, dict(role="assistant", content=answer)]).removesuffix(tail)
     ids = tok(text + tok.convert_ids_to_tokens(end), add_special_tokens=False).input_ids
-    if ids[: len(prompt)] != prompt:
-        raise Dropped("prompt is no prefix: tokens merge at its end, or the template changes it")
-    if {end, tok.bos_token_id, tok.eos_token_id} & {*ids[len(prompt) : -1]}:
-        raise Dropped("special token inside an answer")
+    check(ids[: len(prompt)] == prompt,
+          "prompt is no prefix: tokens merge at its end, or the template changes it", Dropped)
+    inside = {end, tok.bos_token_id, tok.eos_token_id} & {*ids[len(prompt) : -1]}
+    check(not inside, "special token inside an answer", Dropped)
     return ids[len(prompt) :]
 
 decode = lambda tok, ids: tok.decode(ids, skip_special_tokens=True)  # the text of a response
@@ -314,14 +310,12 @@ def encode_row(row, tok, max_length):
     prompt, responses, scores, dropped = [], [], [], []
     for text, score in zip(row["responses"], row["scores"]):
         try:
-            if not text.strip():
-                raise Dropped("empty")
+            check(text.strip(), "empty", Dropped)
             prompt = prompt or encode_prompt(tok, row["prompt"])
             ids = encode_response(tok, row["prompt"], text, prompt)
-            if len(prompt) + len(ids) > max_length:
-                raise Dropped("over-long")
-            if ids in responses and (not row["style"] or score != scores[responses.index(ids)]):
-                raise Dropped("equal responses")
+            check(len(prompt) + len(ids) <= max_length, "over-long", Dropped)
+            equal = ids in responses and (not row["style"] or score != scores[responses.index(ids)])
+            check(not equal, "equal responses", Dropped)
             responses, scores = [*responses, ids], [*scores, float(score)]
         except Dropped as reason:
             dropped.append(str(reason))
@@ -369,8 +363,7 @@ def build(source, tok, args, kind, excluded=()):
     for reasons, responses in zip(rows["dropped"], rows["responses"]):
         report["dropped"].update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
     rows = rows.filter(lambda r: len(r) > 0, input_columns="responses").remove_columns("dropped")
-    if not len(rows):
-        raise ValueError(f"{source}: nothing is left of {report['rows_in']} rows; dropped {dict(report['dropped'])}")
+    check(len(rows), f"{source}: nothing is left of {report['rows_in']} rows; dropped {dict(report['dropped'])}")
     lengths = [[len(r) for r in rs] for rs in rows["responses"]]
     wins = [n > m for ns, xs in zip(lengths, rows["scores"]) for n, x in zip(ns, xs) for m, y in zip(ns, xs) if x > y]
     percentiles = lambda x: {p: sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
@@ -412,8 +405,7 @@ def begin(out, args, inputs, redo=False):
         if (folder / "args.json").exists():
             old = json.loads((folder / "args.json").read_text())
             diff = "; ".join(f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(old | now) if old.get(k) != now.get(k))
-            if diff and not redo:
-                raise ValueError(f"{folder} is of other arguments ({diff}); remove it or change --out")
+            check(redo or not diff, f"{folder} is of other arguments ({diff}); remove it or change --out")
             if folder == Path(out) and not diff:
                 return None
         elif folder.exists() and {f.name for f in folder.iterdir()} - {"args.draft"}:  # else killed before it had one
@@ -439,8 +431,8 @@ def main(args):
     jobs = {name: source for name, source in train if source}
     for item in args.eval or [f"{split}=toy:{split}" for split in [*SPLITS][2:]] * toy:
         name, _, source = item.partition("=")
-        if not re.fullmatch(r"[\w.-]+", name) or not source or f"eval/{name}" in jobs:
-            raise ValueError(f"--eval {item}: wanted NAME=SOURCE, each name once")
+        fine = re.fullmatch(r"[\w.-]+", name) and source and f"eval/{name}" not in jobs
+        check(fine, f"--eval {item}: wanted NAME=SOURCE, each name once")
         jobs[f"eval/{name}"] = source
     sources = [x for source in [*jobs.values(), args.exclude_prompts_from or ""] for x in source.split(",") if x]
     make = (lambda: Path(tempfile.mkdtemp())) if args.dry_run else begin(args.out, args, [args.model, *sources])

@@ -14,6 +14,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+import tqdm
 import transformers
 from conftest import ARCHITECTURES, plain_model, process_group, reference_logp
 from hypothesis import given, settings
@@ -341,7 +342,7 @@ def test_a_checkpoint_is_whole_or_absent_and_the_newest_counts(name, models, tmp
     rows = random_rows(5)
     weights, state = [torch.ones(len(rs)) for _, rs in rows], dict(total=torch.tensor(0.1, dtype=torch.float64))
     steps = lambda: {int(f.name.split("-")[1]) for f in (tmp_path / "p/checkpoints").iterdir()}
-    save = lambda step, run, state=None: sft.end_step(Namespace(save_every=1), tmp_path / "p", 20, 0, *run, state, dict(step=step))
+    save = lambda step, run, state=None: sft.end_step(Namespace(save_every=1), tmp_path / "p", tqdm.tqdm(total=20, disable=True), 0, *run, state, dict(step=step))
 
     def new():
         scorer = sft.load_model(str(models["llama"]), CPU)
