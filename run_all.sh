@@ -44,11 +44,11 @@ custom           | MODEL                               | none       | PREF_DATA 
 # its gamma_beta_ratio), amapo as its own did; toy: see README. A loss without a row gets `other`.
 RECIPES="
 toy              sft    --lr 3e-3 --batch-size 64
-toy              dpo    --lr 3e-4 --batch-size 64 --hp beta=0.3
-toy              simpo  --lr 3e-4 --batch-size 64 --hp beta=2.0 --hp gamma=1.0
-toy              amapo  --lr 1e-4 --batch-size 64 --hp beta=10
+toy              dpo    --lr 1e-4 --batch-size 64 --hp beta=0.3
+toy              simpo  --lr 3e-4 --batch-size 64 --hp beta=5.0 --hp gamma=1.0
+toy              amapo  --lr 3e-4 --batch-size 64 --hp beta=10
 toy              alphadpo --lr 1e-4 --batch-size 64 --hp beta=2
-toy              madpo  --lr 3e-4 --batch-size 64 --hp beta=0.3
+toy              madpo  --lr 1e-4 --batch-size 64 --hp beta=0.3
 toy              other  --lr 3e-4 --batch-size 64
 mistral-base     sft    --lr 2e-5
 mistral-base     dpo    --lr 5e-7 --hp beta=0.01
@@ -77,7 +77,7 @@ alpha      dpo simpo@gamma=0 simpo alphadpo@alpha=0 alphadpo alphadpo@alpha=0.1 
 audit      dpo ipo simpo@gamma=0 simpo alphadpo betadpo amapo                           |
 noise      dpo robust simpo@gamma=0 simpo amapo                                        |
 perplexity dpo simpo@gamma=0 simper amapo amapo@exp=false                              | --generate 100 --max-new-tokens 64
-frontier   dpo dpo@beta=0.3 dpo@beta=0.03 simpo@gamma=0 simpo simpo@beta=10 amapo amapo@beta=2.5 | --generate 100 --max-new-tokens 64
+frontier   dpo dpo@beta=0.1 dpo@beta=0.03 simpo@gamma=0 simpo simpo@beta=2 amapo amapo@beta=2.5 | --generate 100 --max-new-tokens 64
 "
 
 # --------------------------------------------------------------------------------- environment

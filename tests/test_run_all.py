@@ -38,7 +38,7 @@ def test_the_default_chain(run_all):
     code, lines, _ = run_all()
     assert code == 0 and [line.split()[0] for line in lines] == ["prepare_data.py", "sft.py", "align.py", "align.py", "align.py", "evaluate.py"]
     assert "--model toy --sft toy:sft --prefs toy:prefs" in lines[0] and "--out o/data" in lines[0]
-    assert "--loss simpo --model o/sft --data o/data/train --out o/simpo --lr 3e-4 --batch-size 64 --hp beta=2.0 --hp gamma=1.0" in lines[3]
+    assert "--loss simpo --model o/sft --data o/data/train --out o/simpo --lr 3e-4 --batch-size 64 --hp beta=5.0 --hp gamma=1.0" in lines[3]
     assert lines[-1].startswith("evaluate.py o/sft o/dpo o/simpo o/amapo --ref o/sft --data o/data/eval --out o/evaluation")
 
 
