@@ -365,7 +365,7 @@ def load_checkpoint(partial, scorer, optimizer):
     for moments in optimizer.state.values():
         moments["step"] = moments["step"] * 0 + step
     print0(f"resumed from {folder}")
-    return step, torch.load(folder / "state.pt")
+    return step, torch.load(folder / "state.pt", map_location="cpu")
 
 def save_model(scorer, tok, partial, args):
     """PARTIAL -> OUT, an ordinary Hugging Face folder: weights, tokenizer with its chat template,
