@@ -15,20 +15,19 @@ processes and the micro-batches.
     torchrun --nproc-per-node 8 align.py --loss simpo --hp beta=2.5 --hp gamma=1.4 --lr 1e-6 \\
         --model M --data D/train --out O
 
-A new loss is one function below with @loss: `--loss its_name --hp k=v` then works, and
-tests/test_losses.py covers it unedited. Writes OUT as sft.py does; README.md defines every key of
-metrics.jsonl.
+A new loss is one function below with @loss. Writes OUT as sft.py does; README.md defines every key
+of metrics.jsonl.
 """
 
 import argparse
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
 import time
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +45,6 @@ from sft import (end_step, learning_rate, load_checkpoint, on_rank0, plan, print
 
 class Logps(NamedTuple):
     """Summed log-probs in nats of chosen (w) and rejected (l); lengths in tokens; all (G,)."""
-
     w: torch.Tensor
     l: torch.Tensor
     nw: torch.Tensor
@@ -98,15 +96,11 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
 def amapo_margin(r, beta, form, znorm, exp, clip):
     """The margin (n,) of one statistics group r (n,). 0 where the official code is undefined: one
     pair, or equal r. The exponent is capped at 80, which takes r of hundreds of nats per token."""
-    z = -standardise(r, r.mean(), deviation(r))
+    z = -standardise(r, r.mean(), r.std(correction=min(1, len(r) - 1)))
     gamma = (z if znorm else r.mean() - r) * r.mean() * (1.0 if form == "code" else beta)
     pushed = z > 0 if form == "code" else gamma > 0
     pushed = pushed if clip else z != 0
     return torch.where(pushed, beta * (gamma.clamp(max=80.0).exp() if exp else gamma), 0.0)
-
-def deviation(x):
-    """Unbiased standard deviation (), 0 for one value."""
-    return x.std() if len(x) > 1 else torch.zeros_like(x[0])
 
 def standardise(x, mean, std):
     """(x - mean) / std; 0 where std is no more than rounding."""
@@ -334,7 +328,7 @@ def betadpo(pi, ref, state, *, beta=0.1, alpha=0.6, keep=0.8, ema=0.0):
 def running(state, x, ema):
     """The new state: mean and std of x (G,), or their running averages, and the number of steps."""
     old = {k: state.get(k, torch.zeros((), dtype=torch.float64)) for k in ("mean", "std", "step")}
-    mean, std = x.mean().double(), deviation(x).double()
+    mean, std = x.mean().double(), x.std(correction=min(1, len(x) - 1)).double()
     return dict(mean=ema * old["mean"] + (1 - ema) * mean, std=ema * old["std"] + (1 - ema) * std,
                 step=old["step"] + 1)
 
@@ -408,13 +402,12 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     return values - sft_weight * leaf[0] / n[0], state
 
 # ----------------------------------------------------------------------------- pairs of the data
-
 def draw_pairs(scores, how, min_gap):
     """[(row, chosen, rejected)]: `all` pairs of a row, or `best-worst`; never from a tie."""
     pairs = []
     for row, s in enumerate(scores):
         order = sorted(range(len(s)), key=lambda i: -s[i])
-        two = [(order[0], order[-1])] if how == "best-worst" else itertools.combinations(order, 2)
+        two = [(order[0], order[-1])] if how == "best-worst" else combinations(order, 2)
         pairs += [(row, i, j) for i, j in two if s[i] > s[j] and s[i] - s[j] >= min_gap]
     return pairs
 
@@ -470,13 +463,10 @@ def reference_scores(scorer, data, pairs, supply, args, device, steps):
     if on_rank0(cache.exists):
         return on_rank0(torch.load, cache).to(device)
     scores = score_pairs(scorer, data, pairs, supply, args, device, "reference", steps)
-
-    def write():
-        cache.parent.mkdir(exist_ok=True)
-        torch.save(scores.cpu(), f"{cache}.{os.getpid()}")
-        os.replace(f"{cache}.{os.getpid()}", cache)
-
-    on_rank0(write)
+    draft = f"{cache}.{os.getpid()}"
+    on_rank0(lambda: cache.parent.mkdir(exist_ok=True))
+    on_rank0(torch.save, scores.cpu(), draft)
+    on_rank0(os.replace, draft, cache)
     return scores
 
 def read_margins(args, count):
@@ -487,7 +477,6 @@ def read_margins(args, count):
     return torch.tensor(saved["margins"], dtype=torch.float64)
 
 # ------------------------------------------------------------------------------ one global batch
-
 def backward(scorer, rows, losses_of, batch, replay, budget, device):
     """Forward and backward of one global batch; the gradients add up in the parameters.
 
@@ -507,7 +496,6 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     kinds = len(rows[0][1]) * (1 + scorer.squares)  # K: log-probs of each response, then squares
     logps, grads = torch.zeros(2, kinds, size, dtype=torch.float64, device=device)
     losses, state = torch.zeros(size, dtype=torch.float64, device=device), {}
-
     def settle(window, outs):
         nonlocal state
         here = sorted(i for share in shares for k in window for i in share[k])
@@ -516,7 +504,6 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         values, state = losses_of(leaf, here)
         losses[here] = values.detach()
         grads[:, here] = torch.autograd.grad(values.sum() / size, leaf)[0]
-
     step = range(len(micros))
     if replay:
         with torch.no_grad():
@@ -546,7 +533,6 @@ def describe(losses, logps, grads, lengths):
     return dict(zip(out, torch.stack(list(out.values())).tolist()))
 
 # ------------------------------------------------------------------------------------------ main
-
 def main(args):
     function, hp = configure(args.loss, args.hp)
     supply, x = wants(function), torch.arange(1.0, 11.0).view(5, 2)  # two made-up pairs

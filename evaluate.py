@@ -12,9 +12,8 @@ wrong, and ties are counted. A row of RM-Bench (arXiv 2410.16184) gives a matrix
 in style i beats rejected in style j: Easy is the mean of its lower triangle, where the chosen one
 has the richer style, Normal of the diagonal, Hard of the upper triangle; domains count equally.
 
-    python evaluate.py runs/toy/sft runs/toy/dpo --ref runs/toy/sft --data runs/toy/data/eval \\
-        --out runs/evaluation                                  # toy world, 2 cores: 20 seconds
-    python evaluate.py --summary runs/seed-*/evaluation --out runs/summary      # over seeds
+    python evaluate.py runs/toy/sft runs/toy/dpo --ref runs/toy/sft --data runs/toy/data/eval --out O
+    python evaluate.py --summary runs/seed-*/evaluation --out O     # several results as one table
 
 Writes OUT/results.json, results.md, figures.png and scores/MODEL/SET.json: the scores of responses,
 as RM-Bench's compute_accuracy reads them. --generate N samples responses to N prompts of each set.
@@ -37,7 +36,6 @@ from prepare_data import (TASKS, begin, check, decode, encode_prompt, load_rows,
 from sft import check_vocabulary, load_model, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------------------- scores
-
 def score_set(scorer, data, budget, device, desc):
     """Summed log-probs in nats of all responses, a list for each row; the same on every rank."""
     world, rank, scores = dist.get_world_size(), dist.get_rank(), []
@@ -46,20 +44,18 @@ def score_set(scorer, data, budget, device, desc):
     with bar, torch.no_grad():
         for first in range(0, len(every), 256):
             rows = every[first : first + 256]
-            ends = torch.tensor([len(rs) for _, rs in rows]).cumsum(0).tolist()
-            place = [range(end - len(rs), end) for end, (_, rs) in zip(ends, rows)]
-            full = torch.zeros(ends[-1], dtype=torch.float64, device=device)  # responses, in order
+            counts = [len(rs) for _, rs in rows]
+            full = torch.zeros(len(rows), max(counts), dtype=torch.float64, device=device)
             for micro in plan(rows, world, budget)[rank]:
-                mine = [k for i in micro for k in place[i]]
-                full[mine] = score(scorer, rows, micro, device).double()
+                out = score(scorer, rows, micro, device).split([counts[i] for i in micro])
+                for i, part in zip(micro, out):
+                    full[i, : counts[i]] = part
             dist.all_reduce(full)
-            full = full.tolist()
-            scores += [[full[k] for k in ks] for ks in place]
+            scores += [line[:n] for line, n in zip(full.tolist(), counts)]
             bar.update(len(rows))
     return scores
 
 # ------------------------------------------------------------------------------------ generation
-
 def generate(path, prompts, args, device, desc):
     """A response to each prompt (token ids), [(ids, whether it ended)], the same on every rank.
 
@@ -260,11 +256,9 @@ def tables_of(results):
     rows = {kind: {m: kinds[kind] for m, kinds in results["models"].items() if kinds[kind]}
             for kind in results["kinds"]}
     average, baseline = rows["average"], {"the longer one wins": longer}
-
     def grid(title, rows, *keys):
         tables[title] = {m: {t: [100 * row[s][c][k] for k in keys if k in row[s][c]]
                              for s, c, t in columns if keys[0] in row[s][c]} for m, row in rows.items()}
-
     for kind in rows:
         grid(f"Ranking accuracy by {kind}, %", rows[kind] | baseline, "accuracy", "low", "high")
     grid(f"Minus {ref}, by average, %", average, "gain", "gain_low", "gain_high")
@@ -326,7 +320,7 @@ def markdown(tables):
 
 def write_tables(folder, tables, logs):
     """FOLDER/results.md and, where matplotlib is installed, figures.png: training curves, who gets
-    the gradient, true reward of samples against KL. Prints the main tables."""
+    the gradient, true reward of samples against KL. logs: {model: lines of its metrics.jsonl}."""
     (folder / "results.md").write_text(markdown(tables))
     main = {t: rows for t, rows in tables.items() if t.startswith(("Ranking", "Who", "Samples"))}
     print(f"{markdown(main)}\nmore in {folder}/results.md")
@@ -334,27 +328,21 @@ def write_tables(folder, tables, logs):
         from matplotlib.figure import Figure
     except ImportError:
         return print("no figures.png: matplotlib is not installed")
-    figure, find = Figure((15, 9)), lambda head: next((r for t, r in tables.items() if head in t), {})
+    figure, keys = Figure((15, 9)), "accuracy margin logp_chosen logp_rejected grad_misranked"
     axes = figure.subplots(2, 3).flat
-    for ax, key in zip(axes, ("accuracy", "margin", "logp_chosen", "logp_rejected")):
+    for ax, key in zip(axes, keys.split()):
         ax.set(xlabel="step", ylabel=key)
         for name, lines in logs.items():
             ax.plot([x["step"] for x in lines], [x[key] for x in lines], label=name)
     axes[0].legend(fontsize="small") if logs else None
-    axes[4].set(xlabel="% of |dL/dlogp|, last third: misranked, barely right, well ranked")
-    for name, line in find("last third").items():
-        left = 0.0
-        for group, colour in (("misranked", "C3"), ("barely", "C1"), ("well", "C2")):
-            left += axes[4].barh(name, line[f"grad {group}"][0], left=left, color=colour)[0].get_width()
     axes[5].set(xlabel="KL to the reference, nats a response", ylabel="true reward")
-    for name, line in find("Samples").items():
+    for name, line in tables.get("Samples (see README)", {}).items():
         if "kl" in line and "reward" in line:
             axes[5].plot(line["kl"][0], line["reward"][0], "o")
             axes[5].annotate(name, (line["kl"][0], line["reward"][0]), fontsize="small")
     figure.savefig(folder / "figures.png", bbox_inches="tight")
 
 # ------------------------------------------------------------------------------------------ main
-
 def find_sets(root):
     """{name: rows} of a folder of prepared sets, in the order of writing, or of one set."""
     files = [f / "dataset_info.json" for f in (root, *root.glob("*"))]

@@ -399,7 +399,7 @@ def fingerprint(path):
 def begin(out, args, inputs, redo=False):
     """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json
     says what makes the result. One of other arguments or inputs is not overwritten (ValueError) unless redo."""
-    now = vars(args) | dict(out="", save_every=0, tokens_per_forward=0)  # these make no difference
+    now = vars(args) | dict(out="", replicas=1, save_every=0, tokens_per_forward=0)  # no difference
     now = json.loads(json.dumps(now | dict(inputs={p: fingerprint(p) for p in inputs})))
     for folder in (Path(out), Path(f"{out}.partial")):
         if (folder / "args.json").exists():
@@ -410,7 +410,6 @@ def begin(out, args, inputs, redo=False):
                 return None
         elif folder.exists() and {f.name for f in folder.iterdir()} - {"args.draft"}:  # else killed before it had one
             raise ValueError(f"{folder} exists and is not of this script; choose another --out")
-
     def make():
         folder.mkdir(parents=True, exist_ok=True)  # OUT.partial
         (folder / "args.draft").write_text(json.dumps(now, indent=1))

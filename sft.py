@@ -38,7 +38,6 @@ from prepare_data import (batch_indices, begin, check, end_of_turn, fingerprint,
                           load_tokenizer, run)
 
 # ------------------------------------------------------------------------------------- processes
-
 def setup():
     """Join torchrun's process group, or make one of one process (no port). Returns the device."""
     cuda, device = torch.cuda.is_available(), torch.device("cpu")
@@ -151,11 +150,12 @@ def load_config(path):
     return on_rank0(lambda: transformers.AutoConfig.from_pretrained(path, trust_remote_code=False),
                     what=f"{path}: neither a model folder nor a hub id within reach: ")
 
-def load_model(path, device, checkpointed=0, reward=False):
+def load_model(path, device, checkpointed=0, reward=False, replicas=1):
     """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout).
     Weights are fp32; on a GPU forward and backward run in bf16. Rank 0 alone reads the weights.
     checkpointed: how many of the decoder layers recompute their activations.
     reward: a scalar head in place of the LM head, as for sequence classification.
+    replicas: as many copies, each sharded over its part of the processes (HSDP).
     """
     config, auto = load_config(path), transformers.AutoModelForCausalLM
     scaled = [k for k in UNSUPPORTED if getattr(config, k, None) not in (None, 1.0)]
@@ -163,18 +163,18 @@ def load_model(path, device, checkpointed=0, reward=False):
     if reward:
         auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
     box, how = [None], dict(config=config, dtype=torch.float32, attn_implementation="packed")
-
     def read():  # never a pickle, which can run what was sent in it
         box[:] = auto.from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
         check({*box[1]["missing_keys"]} <= {"score.weight"}, f"they lack {box[1]['missing_keys']}")
-
     on_rank0(read, what=f"{path}: no whole safetensors weights; get them again or convert them: ")
     full = box[0]  # the whole model, on the CPU of rank 0
     with torch.device("meta"):
         lm = auto.from_config(**how)
     check(hasattr(lm.base_model, "layers"), f"{path}: a {config.model_type} model has no `layers`; "
           "supported are Llama, Mistral, Qwen, Gemma and models built like them")
-    scorer, mesh = Scorer(lm).eval(), init_device_mesh(device.type, (dist.get_world_size(),))
+    scorer, shape = Scorer(lm).eval(), (replicas, dist.get_world_size() // replicas)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
+    mesh = mesh if replicas > 1 else mesh["shards"]
     policy = MixedPrecisionPolicy(torch.bfloat16 if device.type == "cuda" else None, torch.float32)
     for module in (*lm.base_model.layers, scorer):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -193,7 +193,6 @@ def load_model(path, device, checkpointed=0, reward=False):
     return scorer
 
 # --------------------------------------------------------------------- micro-batches, packed rows
-
 def plan(rows, world, budget):
     """The micro-batches of a step: result[rank][k] lists positions in `rows`. A pure function.
 
@@ -256,7 +255,6 @@ def score(scorer, rows, micro, device):
     return out if micro else out[:0]
 
 # --------------------------------------------------------- optimiser, checkpoints, metrics, saving
-
 def make_optimizer(name, scorer, weight_decay=0.0):
     """adamw (fused), or bitsandbytes' adamw8bit; `.named` holds its parameters by name.
     The latter does not take DTensors: it gets local shards, which share their storage."""
@@ -265,7 +263,6 @@ def make_optimizer(name, scorer, weight_decay=0.0):
         optimizer = torch.optim.AdamW(named.values(), weight_decay=weight_decay, fused=True)
     else:
         from bitsandbytes.optim import AdamW8bit
-
         named = {n: p for n, p in named.items() if p.to_local().numel()}
         shards = [torch.nn.Parameter(p.to_local()) for p in named.values()]
         optimizer = AdamW8bit(shards, weight_decay=weight_decay)
@@ -275,9 +272,8 @@ def make_optimizer(name, scorer, weight_decay=0.0):
 def learning_rate(step, steps, peak, warmup=0.1):
     """Linear warm-up over the first tenth of the steps, then a cosine to zero."""
     warm = max(1, round(warmup * steps))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return peak * ((step + 1) / warm if step < warm else cosine)
 
 def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), logps=()):
     """Clip by global norm, step, clear. Returns the norm, and the signal that any rank got, or 0.
@@ -325,7 +321,6 @@ def end_step(args, partial, bar, stop, scorer, optimizer, state, record):
         dcp.save(tensors(scorer, optimizer), checkpoint_id=folder / f"draft-{step}")
     except dcp.CheckpointException as error:
         raise OSError(f"{folder}: is there room? {[*error.failures.values()][0][0]}") from None
-
     def complete():
         draft = folder / f"draft-{step}"
         torch.save(state, draft / "state.pt")
@@ -333,7 +328,6 @@ def end_step(args, partial, bar, stop, scorer, optimizer, state, record):
         os.replace(draft, folder / f"step-{step:07}-{fingerprint(draft)}")
         for old in [*folder.glob("draft-*"), *sorted(folder.glob("step-*"))[:-2]]:
             shutil.rmtree(old)
-
     on_rank0(complete, what=f"{folder}: is there room? ")
     if stop:
         why = json.dumps(dict(signal=signal.Signals(stop).name, step=step))
@@ -344,7 +338,6 @@ def load_checkpoint(partial, scorer, optimizer):
     """Load the newest whole checkpoint, if any: (step, state). From here on signals are heeded."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, heed)
-
     def newest():
         (partial / "stopped.json").unlink(missing_ok=True)
         for folder in sorted(partial.glob("checkpoints/step-*"), reverse=True):
@@ -353,7 +346,6 @@ def load_checkpoint(partial, scorer, optimizer):
                 return folder
             print(f"{folder} is damaged: the one before it is used, if any", flush=True)
             os.replace(folder, folder.with_name(f"draft-{folder.name}"))
-
     folder = on_rank0(newest)
     if not folder:
         return 0, None
@@ -374,7 +366,6 @@ def save_model(scorer, tok, partial, args):
     lm, dtype = scorer.lm, getattr(torch, args.save_dtype)
     options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = whole.get_model_state_dict(lm, options=options)
-
     def write():
         if dtype == torch.bfloat16:
             old = type(lm).from_pretrained(args.model, dtype=torch.float32).state_dict()
@@ -398,11 +389,9 @@ def save_model(scorer, tok, partial, args):
         tok.save_pretrained(partial)
         os.replace(partial, args.out)
         shutil.rmtree(Path(args.out) / "checkpoints", ignore_errors=True)
-
     on_rank0(write, what=f"{partial}: is there room? the same command resumes: ")
 
 # ------------------------------------------------------------------------------------------ main
-
 def check_vocabulary(data, model):
     """ValueError if the tokens of prepared data are not those of the model, or there is no model."""
     size, near = load_config(model).vocab_size, [p / "tokenizer" for p in Path(data).parents[:2]]
@@ -416,9 +405,11 @@ def start(args, reward=False, **also):
     complete. Bad arguments fail here. also: what makes the result, besides args."""
     device, rows = setup(), load_rows(args.data)
     for name, value in vars(args).items():
-        least = name in ("batch_size", "clip", "epochs", "lr", "tokens_per_forward") and 1e-300
+        positive = "batch_size", "clip", "epochs", "lr", "replicas", "tokens_per_forward"
+        least = name in positive and 1e-300
         check(not isinstance(value, (int, float)) or least <= value < math.inf,
               f"--{name.replace('_', '-')} {value}: out of range")
+    check(dist.get_world_size() % args.replicas == 0, "--replicas must divide the processes")
     check_vocabulary(args.data, args.model)
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
     also |= dict(processes=dist.get_world_size()) if args.optimizer == "adamw8bit" else {}
@@ -426,7 +417,7 @@ def start(args, reward=False, **also):
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
         return print0(f"{args.out} is complete")
-    scorer = load_model(args.model, device, args.checkpoint_layers, reward)
+    scorer = load_model(args.model, device, args.checkpoint_layers, reward, args.replicas)
     optimizer = make_optimizer(args.optimizer, scorer, args.weight_decay)
     return device, rows, tok, scorer, optimizer, on_rank0(make)
 
@@ -475,6 +466,7 @@ def trainer_arguments(parser, lr, batch_size, epochs, what):
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     add("--clip", type=float, default=1.0, help="largest global gradient norm (default 1)")
     add("--checkpoint-layers", type=int, default=0, metavar="K", help="layers that recompute (0)")
+    add("--replicas", type=int, default=1, help="of the model, each sharded; e.g. one a node (1)")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 2 are kept (0: none)")
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the result")
     add("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs (0)")

@@ -79,7 +79,9 @@ VARIANTS = {  # name: (stage and loss, arguments, processes); all but the first 
     "amapo-2-replay": ("amapo", ["--replay", *SMALL], 2), "amapo-2-recompute": ("amapo", ["--checkpoint-layers", 9], 2),
     "sft": ("sft", [], 1), "sft-small": ("sft", SMALL, 1), "sft-recompute": ("sft", ["--checkpoint-layers", 9], 1), "sft-2": ("sft", [], 2),
     "sft-2-small": ("sft", SMALL, 2), "dpo": ("dpo", [], 1), "dpo-2-small": ("dpo", SMALL, 2), "simpo": ("simpo", [], 1),
-    "simpo-replay": ("simpo", ["--replay"], 1), "simpo-2-small": ("simpo", SMALL, 2)}
+    "simpo-replay": ("simpo", ["--replay"], 1), "simpo-2-small": ("simpo", SMALL, 2), "amapo-4": ("amapo", SMALL, 4),
+    "amapo-4-hsdp": ("amapo", ["--replicas", 2, "--save-every", 2], 4), "sft-4-hsdp": ("sft", ["--replicas", 2, *SMALL], 4),
+    "simpo-4-copies": ("simpo", ["--replicas", 4], 4)}
 LONG = ["--batch-size", 9, "--max-steps", 24, "--lr", 1e-3, "--save-every", 2]
 
 
@@ -109,6 +111,9 @@ def runs(align, sft, tmp_path_factory):
     code, out, err = run_jobs(folder, [*jobs, align("amapo", folder / "whole", *LONG), killed], n=2)
     assert code == 0, err
     (folder / "stdout").write_text(out)
+    jobs = [job(what, folder / name, more) for name, (what, more, n) in VARIANTS.items() if n == 4]
+    code, out, err = run_jobs(folder, jobs, n=4)
+    assert code == 0, err
     return {f.name: f for f in folder.iterdir()}
 
 
