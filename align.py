@@ -10,10 +10,8 @@ processes and the micro-batches.
     g     = torch.autograd.grad(loss, (pi.w, pi.l))            # dL/dlogp: one number per response
     torch.autograd.backward(logps, my slice of g * world)      # FSDP averages over ranks
 
-    python align.py --loss amapo --model runs/toy/sft --data runs/toy/data/train --out runs/amapo \\
-        --lr 3e-4 --batch-size 64                              # toy world, 2 cores: 1 minute
-    torchrun --nproc-per-node 8 align.py --loss simpo --hp beta=2.5 --hp gamma=1.4 --lr 1e-6 \\
-        --model M --data D/train --out O
+    python align.py --loss amapo --hp beta=10 --model runs/toy/sft --data runs/toy/data/train \\
+        --out runs/amapo --lr 3e-4 --batch-size 64             # toy world, 2 cores: half a minute
 
 A new loss is one function below with @loss. Writes OUT as sft.py does; README.md defines every key
 of metrics.jsonl.
@@ -37,7 +35,7 @@ import torch.nn.functional as F
 import tqdm
 
 from prepare_data import batch_indices, check, fingerprint, load_rows, run
-from sft import (end_step, learning_rate, load_checkpoint, on_rank0, plan, print0,
+from sft import (end_step, learning_rate, leave, load_checkpoint, on_rank0, plan, print0,
                  save_model, score, start, trainer_arguments, update)
 
 # ---------------------------------------------------------------------------------------- losses
@@ -54,14 +52,12 @@ LOSSES = {}
 
 def loss(function=None, *, batch=False):
     """Register a loss; batch=True: it looks across pairs. It returns (G,) in nats, not reduced.
-
     Positional parameters name what the loop supplies: `pi`, the policy's Logps; `ref`, the
     reference's (computed once, cached); `pi_head`, `ref_head`, those of the first min(nw, nl)
-    tokens; `pi_square`, sums of log sum_v pi(v)^2 over all tokens v, detached; `kl` (G,), policy minus reference log-prob of the next pair's chosen response; `gap`
-    (G,), the score difference of each pair, or its --margins; `state`, a dict of 0-d float64
-    tensors, {} at first: such a loss returns (losses, new state). Keyword-only parameters are the
-    hyper-parameters.
-    """
+    tokens; `pi_square`, sums of log sum_v pi(v)^2 over the tokens v, detached; `kl` (G,), policy
+    minus reference log-prob of the next pair's chosen response; `gap` (G,), the score difference
+    of each pair, or its --margins; `state`, a dict of 0-d float64 tensors, {} at first: such a
+    loss returns (losses, new state). Keyword-only parameters are the hyper-parameters."""
     if function is None:
         return functools.partial(loss, batch=batch)
     function.batch = batch
@@ -85,8 +81,7 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
       negative (most pairs misranked) it is the pairs ABOVE the mean that get the margin, while in
       the code it is still those below, with an exponent below 0.
     znorm, exp, clip: False for the paper's ablations. It does not print their formulas; these are
-      a reading: z = mu - r; margin = beta * gamma, gamma = z * mu; a margin for every pair.
-    """
+      a reading: z = mu - r; margin = beta * gamma, gamma = z * mu; a margin for every pair."""
     check(form in ("code", "paper"), f"amapo: form={form}; wanted code or paper")
     r = pi.w / pi.nw - pi.l / pi.nl  # (G,)
     groups = r.detach().split(group or len(r))
@@ -393,10 +388,11 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     their log-probs, columns as in `fetch`; lengths, ref (K, G), gap (G,): of the whole batch."""
     n, ref = lengths[:, here], torch.zeros_like(leaf) if ref is None else ref[:, here]
     head, last = slice(2, 4) if len(n) > 3 else slice(0, 2), len(n) - 1
+    square = leaf[-len(n) :].detach()
     supply = dict(
         pi=Logps(*leaf[:2], *n[:2]), ref=Logps(*ref[:2], *n[:2]), gap=gap[here], state=state,
         pi_head=Logps(*leaf[head], *n[head]), ref_head=Logps(*ref[head], *n[head]),
-        pi_square=Logps(*leaf[-len(n) :].detach()[:2], *n[:2]), kl=(leaf[last] - ref[last]).detach())
+        pi_square=Logps(*square[:2], *n[:2]), kl=(leaf[last] - ref[last]).detach())
     out = function(*(supply[k] for k in wants(function)), **hp)
     values, state = out if isinstance(out, tuple) else (out, {})
     return values - sft_weight * leaf[0] / n[0], state
@@ -413,10 +409,8 @@ def draw_pairs(scores, how, min_gap):
 
 def fetch(data, pairs, index, supply):
     """The pairs at `index` as rows of the scorer, [(prompt, K responses)]; their ids; gaps (G,).
-
     K = 2, chosen and rejected. Where a loss wants more, it is more responses to the same prompt:
-    for heads both, cut to the shorter one's length, for kl, last, the next pair's chosen one.
-    """
+    for heads both, cut to the shorter one's length, for kl, last, the next pair's chosen one."""
     after = [(i + 1) % len(pairs) for i in index] if "kl" in supply else []
     batch = data[[pairs[i][0] for i in [*index, *after]]]
     responses, scores, rows, gaps = batch["responses"], batch["scores"], [], []
@@ -447,7 +441,7 @@ def score_pairs(scorer, data, pairs, supply, args, device, desc, steps):
         micros = plan(rows, dist.get_world_size(), args.tokens_per_forward)[dist.get_rank()]
         with torch.no_grad():
             outs = [score(scorer, rows, micro, device) for micro in micros]
-        part = gather(outs, sum(micros, []), (len(rows[0][1]) * (1 + scorer.squares), len(rows)), device)
+        part = gather(outs, sum(micros, []), (len(rows[0][1]), len(rows)), device)
         scores = part.new_full((len(part), len(pairs)), math.nan) if scores is None else scores
         scores[:, index] = part
     return scores
@@ -469,17 +463,9 @@ def reference_scores(scorer, data, pairs, supply, args, device, steps):
     on_rank0(os.replace, draft, cache)
     return scores
 
-def read_margins(args, count):
-    """(P,) reward margins w - l of all P = count pairs, that `--loss reward` wrote."""
-    saved = json.loads(Path(args.margins).read_text())
-    same = saved["data"] == fingerprint(args.data) and len(saved["margins"]) == count
-    check(same, f"{args.margins}: not of the {count} pairs of {args.data}")
-    return torch.tensor(saved["margins"], dtype=torch.float64)
-
 # ------------------------------------------------------------------------------ one global batch
 def backward(scorer, rows, losses_of, batch, replay, budget, device):
     """Forward and backward of one global batch; the gradients add up in the parameters.
-
     rows: [(prompt, [K responses])] * G.  losses_of(leaf (K, g), here) -> losses (g,), state.
     Returns losses (G,), logps (K, G) and dL/dlogp (K, G), L the mean over G pairs: float64, in data
     order, equal on every rank; and the loss's new state.
@@ -488,14 +474,14 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
       a loss of single pairs   a window is one micro-batch of every rank
       a loss of the batch      it is the whole step
       replay                   a pass without graphs gives all losses; then each micro-batch is run
-                               again and gets its own slice of dL/dlogp
-    """
+                               again and gets its own slice of dL/dlogp"""
     world, size = dist.get_world_size(), len(rows)
     shares = plan(rows, world, budget)
     micros = shares[dist.get_rank()]
     kinds = len(rows[0][1]) * (1 + scorer.squares)  # K: log-probs of each response, then squares
     logps, grads = torch.zeros(2, kinds, size, dtype=torch.float64, device=device)
     losses, state = torch.zeros(size, dtype=torch.float64, device=device), {}
+
     def settle(window, outs):
         nonlocal state
         here = sorted(i for share in shares for k in window for i in share[k])
@@ -504,6 +490,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         values, state = losses_of(leaf, here)
         losses[here] = values.detach()
         grads[:, here] = torch.autograd.grad(values.sum() / size, leaf)[0]
+
     step = range(len(micros))
     if replay:
         with torch.no_grad():
@@ -540,7 +527,10 @@ def main(args):
     check(values.isfinite().all(), f"--hp {hp}: losses of made-up pairs are {values.tolist()}")
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
     check(pairs, f"{args.data}: no row has two scores that differ, by --min-gap at least")
-    margins = read_margins(args, len(pairs)) if args.margins else None
+    if args.margins:  # w - l of all pairs, by a reward model
+        source, margins = json.loads(Path(args.margins).read_text()).values()
+        same = source == fingerprint(args.data) and len(margins) == len(pairs)
+        check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
     source = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
     if not (ready := start(args, reward=args.loss == "reward", hp=hp, source=source)):
         return
@@ -556,17 +546,17 @@ def main(args):
     first, saved = load_checkpoint(partial, scorer, optimizer)
     state, origin = saved or ({}, None)  # of the loss; the first step's metrics
     bar = tqdm.trange(first, steps, total=steps, initial=first, desc=args.loss,
-                      disable=dist.get_rank() > 0)
+                      unit="step", disable=dist.get_rank() > 0)
     for step in bar:
         began = time.perf_counter()
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
         rows, ids, gap = fetch(data, pairs, index, supply)
         lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows],
                                dtype=torch.float64, device=device).T  # (K, G)
-        gap = (gap if margins is None else margins[index]).to(device)
+        gap = gap.new_tensor([margins[i] for i in index]) if args.margins else gap
         ref = reference[:, index] if wanted else None
         losses_of = functools.partial(
-            apply_loss, function, hp, args.sft_weight, lengths, ref, gap, state)
+            apply_loss, function, hp, args.sft_weight, lengths, ref, gap.to(device), state)
         losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch, args.replay,
                                                args.tokens_per_forward, device)
         metrics = describe(losses, logps, grads, lengths)
@@ -587,7 +577,6 @@ def main(args):
         margins = dict(data=fingerprint(args.data), margins=[a - b for a, b in zip(w, l)])
         on_rank0((partial / "margins.json").write_text, json.dumps(margins))
     save_model(scorer, tok, partial, args)
-    print0(f"wrote {args.out}")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -600,6 +589,5 @@ if __name__ == "__main__":
     add("--min-gap", type=float, default=0.0, help="smallest score difference of a pair")
     add("--margins", help="margins.json that --loss reward wrote, to take `gap` from")
     add("--sft-weight", type=float, default=0.0, help="of -w / nw, the chosen response's NLL (0)")
-    add("--replay", action="store_true", help="for a loss of the batch: run forward twice, keep no "
-        "graphs; least memory")
-    run(main, parser)
+    add("--replay", action="store_true", help="batch losses: forward twice, but keep no graphs")
+    run(main, parser, leave)

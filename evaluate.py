@@ -33,46 +33,43 @@ import transformers
 
 from prepare_data import (TASKS, begin, check, decode, encode_prompt, load_rows, load_tokenizer,
                           run, true_reward)
-from sft import check_vocabulary, load_model, plan, print0, score, setup
+from sft import check_vocabulary, leave, load_model, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------------------- scores
+@torch.no_grad()
 def score_set(scorer, data, budget, device, desc):
     """Summed log-probs in nats of all responses, a list for each row; the same on every rank."""
     world, rank, scores = dist.get_world_size(), dist.get_rank(), []
     every = [*zip(data["prompt"], data["responses"])]
-    bar = tqdm.tqdm(total=len(every), desc=desc, unit="row", disable=rank > 0)
-    with bar, torch.no_grad():
-        for first in range(0, len(every), 256):
-            rows = every[first : first + 256]
-            counts = [len(rs) for _, rs in rows]
-            full = torch.zeros(len(rows), max(counts), dtype=torch.float64, device=device)
-            for micro in plan(rows, world, budget)[rank]:
-                out = score(scorer, rows, micro, device).split([counts[i] for i in micro])
-                for i, part in zip(micro, out):
-                    full[i, : counts[i]] = part
-            dist.all_reduce(full)
-            scores += [line[:n] for line, n in zip(full.tolist(), counts)]
-            bar.update(len(rows))
+    for k in tqdm.trange(0, len(every), 256, desc=desc, unit="256 rows", disable=rank > 0):
+        rows = every[k : k + 256]
+        counts = [len(rs) for _, rs in rows]
+        full = torch.zeros(len(rows), max(counts), dtype=torch.float64, device=device)
+        for micro in plan(rows, world, budget)[rank]:
+            out = score(scorer, rows, micro, device).split([counts[i] for i in micro])
+            for i, part in zip(micro, out):
+                full[i, : counts[i]] = part
+        dist.all_reduce(full)
+        scores += [line[:n] for line, n in zip(full.tolist(), counts)]
     return scores
 
 # ------------------------------------------------------------------------------------ generation
 def generate(path, prompts, args, device, desc):
     """A response to each prompt (token ids), [(ids, whether it ended)], the same on every rank.
-
     Every rank loads the whole model and takes batches of 64 prompts in turn. A batch has a seed of
-    its own, so that the number of processes makes no difference.
-    """
+    its own, so that the number of processes makes no difference."""
     tok, order = load_tokenizer(path), sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     tok.pad_token = tok.pad_token or tok.eos_token
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lm = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    how = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(path, **how).to(device).eval()
     stops = lm.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     how = dict(do_sample=True, temperature=args.temperature, top_p=1.0, top_k=0)
     how = how if args.temperature else dict(do_sample=False)
     batches, done = [order[k : k + 64] for k in range(0, len(order), 64)], {}
-    turns = range(dist.get_rank(), len(batches), dist.get_world_size())
-    for k in tqdm.tqdm(turns, desc=desc, unit="batch", disable=dist.get_rank() > 0):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for k in tqdm.trange(rank, len(batches), world, desc=desc, unit="batch", disable=rank > 0):
         torch.manual_seed(1_000_003 * args.seed + k)
         inputs = tok.pad(dict(input_ids=[prompts[i] for i in batches[k]]), padding_side="left",
                          return_tensors="pt").to(device)
@@ -81,7 +78,7 @@ def generate(path, prompts, args, device, desc):
         for i, ids in zip(batches[k], out[:, inputs["input_ids"].shape[1] :].tolist()):
             ends = [j for j, token in enumerate(ids) if token in stops]
             done[i] = (ids[: ends[0] + 1], True) if ends else (ids, False)
-    parts = [None] * dist.get_world_size()
+    parts = [None] * world
     dist.all_gather_object(parts, done)
     done = {i: response for part in parts for i, response in part.items()}
     return [done[i] for i in range(len(prompts))]
@@ -197,8 +194,7 @@ def measure(data, scores, base=None):
 
     base: the scores of --ref. Returns {column: dict(accuracy, low, high, ties, comparisons, prompts,
     domains[, tau, won, lost, gain, gain_low, gain_high])}, columns as of `sections`, and Avg, the
-    mean of three or more.
-    """
+    mean of three or more."""
     names, columns, _ = sections(data)
     out, rows = {}, [*zip(names, data["prompt"], data["scores"], data["style"], scores, base or scores)]
     for column, weights in columns.items():
@@ -256,9 +252,11 @@ def tables_of(results):
     rows = {kind: {m: kinds[kind] for m, kinds in results["models"].items() if kinds[kind]}
             for kind in results["kinds"]}
     average, baseline = rows["average"], {"the longer one wins": longer}
+
     def grid(title, rows, *keys):
         tables[title] = {m: {t: [100 * row[s][c][k] for k in keys if k in row[s][c]]
                              for s, c, t in columns if keys[0] in row[s][c]} for m, row in rows.items()}
+
     for kind in rows:
         grid(f"Ranking accuracy by {kind}, %", rows[kind] | baseline, "accuracy", "low", "high")
     grid(f"Minus {ref}, by average, %", average, "gain", "gain_low", "gain_high")
@@ -452,4 +450,4 @@ if __name__ == "__main__":
     add("--max-new-tokens", type=int, default=512, help="of a sampled response (default 512)")
     add("--seed", type=int, default=0, help="of sampling")
     add("--summary", nargs="+", help="folders of results to summarise instead, one for each seed")
-    run(main, parser)
+    run(main, parser, leave)

@@ -154,7 +154,6 @@ def toy_model(out, seed):
 def read_source(source, seed=0):
     """[(where it stands, raw row)] of a source. Without a `domain` a row gets the file's stem as its own."""
     from datasets import Dataset, load_dataset, load_from_disk
-
     path, files = Path(source), r".*\.(jsonl?(\.gz)?|parquet)"
     if "," in source or path.is_dir() and not list(path.glob("dataset_*.json")):
         inside = (str(f) for f in path.iterdir() if f.is_dir() or re.fullmatch(files, f.name))
@@ -352,7 +351,6 @@ def parse_source(source, seed, kind, excluded=()):
 def build(source, tok, args, kind, excluded=()):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
     from datasets import Dataset, Features, List, Value
-
     parsed, report = parse_source(source, args.seed, "sft" if kind == "sft" else "prefs", excluded * (kind != "eval"))
     tokens = List(Value("int32"))
     features = Features(id=Value("string"), prompt=tokens, responses=List(tokens), scores=List(Value("float64")),
@@ -375,7 +373,6 @@ def build(source, tok, args, kind, excluded=()):
 def load_rows(path):
     """The rows of a prepared folder. ValueError if it is none, or damaged."""
     from datasets import load_from_disk
-
     try:
         return load_from_disk(str(path))
     except (OSError, ValueError) as error:
@@ -416,10 +413,11 @@ def begin(out, args, inputs, redo=False):
         return (folder / "args.draft").replace(folder / "args.json").parent
     return make
 
-def run(main, parser):
-    """Parse and run; a bad argument or input is one line on stderr and exit code 1."""
+def run(main, parser, leave=lambda: None):
+    """Parse, run, leave(); a bad argument or input is one line on stderr and exit code 1."""
     try:
-        return main(parser.parse_args())
+        main(parser.parse_args())
+        return leave()
     except (ValueError, OSError) as error:
         message = str(error).strip().splitlines()[0]
     raise SystemExit(f"{parser.prog}: {message}")  # out here, so that what main held is closed, progress bars too

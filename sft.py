@@ -5,7 +5,6 @@ stages: load, shard (FSDP2), pack, score, optimiser, checkpoints, save.
 
     python sft.py --model runs/toy/data/model --data runs/toy/data/sft --out runs/sft \\
         --lr 3e-3 --batch-size 64                              # toy world, 2 cores: 1 minute
-    torchrun --nproc-per-node 8 sft.py --model meta-llama/Meta-Llama-3-8B --data D/sft --out O
 
 Reads a folder of prepare_data.py, and `tokenizer` beside it. Writes OUT, a Hugging Face folder with
 metrics.jsonl; OUT.partial until complete, and the same command resumes from its last checkpoint.
@@ -49,6 +48,11 @@ def setup():
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)  # of the one thing that is drawn, a new reward head
     return device
+
+def leave():
+    """At the end of a stage that did not fail: threads of a group left behind may abort the exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 def print0(*words):
     if dist.get_rank() == 0:
@@ -153,10 +157,8 @@ def load_config(path):
 def load_model(path, device, checkpointed=0, reward=False, replicas=1):
     """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout).
     Weights are fp32; on a GPU forward and backward run in bf16. Rank 0 alone reads the weights.
-    checkpointed: how many of the decoder layers recompute their activations.
-    reward: a scalar head in place of the LM head, as for sequence classification.
-    replicas: as many copies, each sharded over its part of the processes (HSDP).
-    """
+    checkpointed: how many of the decoder layers recompute their activations.  reward: a scalar
+    head in place of the LM head.  replicas: copies, each sharded over its processes (HSDP)."""
     config, auto = load_config(path), transformers.AutoModelForCausalLM
     scaled = [k for k in UNSUPPORTED if getattr(config, k, None) not in (None, 1.0)]
     check(not scaled, f"{path}: its config sets {scaled}, which the scorer does not apply")
@@ -195,11 +197,9 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1):
 # --------------------------------------------------------------------- micro-batches, packed rows
 def plan(rows, world, budget):
     """The micro-batches of a step: result[rank][k] lists positions in `rows`. A pure function.
-
     rows: [(prompt ids, [response ids, ...])].  budget: tokens of a forward; a row of more is a
     micro-batch of its own. Longest first (memory runs out at once or not at all), dealt out to and
-    fro. FSDP wants the same NUMBER of micro-batches on every rank: an empty one is a dummy.
-    """
+    fro. FSDP wants the same NUMBER of micro-batches on every rank: an empty one is a dummy."""
     tokens = [len(p) + sum(map(len, rs)) for p, rs in rows]
     order, shares = sorted(range(len(rows)), key=lambda i: (-tokens[i], i)), [[] for _ in range(world)]
     for rank, micros in enumerate(shares):
@@ -220,8 +220,7 @@ def pack(rows, similar):
 
     flat (M,), each response as a sequence of places in T, its prompt's and its own, padded to
     blocks [(sequences, length)] of similar length; back (T,), the place in M that computes a token;
-    ends, the sum of lengths up to each block.
-    """
+    ends, the sum of lengths up to each block."""
     ids, places, counts = [], [], []  # counts: response tokens of each sequence of places
     for prompt, responses in rows:
         prefix = range(len(ids), len(ids) + len(prompt))
@@ -390,6 +389,7 @@ def save_model(scorer, tok, partial, args):
         os.replace(partial, args.out)
         shutil.rmtree(Path(args.out) / "checkpoints", ignore_errors=True)
     on_rank0(write, what=f"{partial}: is there room? the same command resumes: ")
+    print0(f"wrote {args.out}")
 
 # ------------------------------------------------------------------------------------------ main
 def check_vocabulary(data, model):
@@ -450,7 +450,6 @@ def main(args):
         log["tokens_per_s"] = sum(map(len, batch["prompt"]), tokens) / (time.perf_counter() - began)
         end_step(args, partial, bar, stop, scorer, optimizer, None, log)
     save_model(scorer, tok, partial, args)
-    print0(f"wrote {args.out}")
 
 def trainer_arguments(parser, lr, batch_size, epochs, what):
     """The arguments that sft.py and align.py share."""
@@ -476,4 +475,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     trainer_arguments(parser, lr=2e-5, batch_size=128, epochs=1, what="demonstrations")
-    run(main, parser)
+    run(main, parser, leave)

@@ -34,14 +34,15 @@ def pytest_configure(config):
 @contextmanager
 def process_group():
     """A group of one process around what is run here. A stage that sets up its own group meanwhile gets this one."""
-    mine, init = not dist.is_initialized(), dist.init_process_group
+    mine, init, destroy = not dist.is_initialized(), dist.init_process_group, dist.destroy_process_group
     if mine:
         init("gloo", store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group = lambda *args, **kwargs: None
+    dist.destroy_process_group = lambda: None
     try:
         yield
     finally:
-        dist.init_process_group = init
+        dist.init_process_group, dist.destroy_process_group = init, destroy
         if mine:
             dist.destroy_process_group()
 
@@ -75,6 +76,7 @@ import json, runpy, sys
 import torch.distributed as dist
 dist.init_process_group("gloo")
 dist.init_process_group = lambda *args, **kwargs: None
+dist.destroy_process_group = lambda: None
 for argv in json.load(open(sys.argv[1])):
     sys.argv, sys.path[0] = argv, argv[0].rpartition("/")[0]
     runpy.run_path(argv[0], run_name="__main__")

@@ -366,7 +366,7 @@ def test_the_state_of_a_loss_is_carried_saved_and_resumed(more, align, tmp_path,
         return total + 0 * pi.w, dict(total=total)
 
     count.batch = True
-    monkeypatch.setattr(prepare_data, "run", lambda main, parser: main.__globals__["LOSSES"].update(count=count) or run(main, parser))
+    monkeypatch.setattr(prepare_data, "run", lambda main, *rest: main.__globals__["LOSSES"].update(count=count) or run(main, *rest))
     job = align("count", tmp_path / "o", "--batch-size", 9, "--epochs", 2, "--lr", 1e-3, "--save-every", 2, *SMALL, *more)
     with pytest.raises(SystemExit, match="failure 1"):
         run_here(*job)
