@@ -455,7 +455,7 @@ def reference_scores(scorer, data, pairs, supply, args, device, steps):
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = Path(args.data).parent / "reference" / f"{name}.pt"
     if on_rank0(cache.exists):
-        return on_rank0(torch.load, cache).to(device)
+        return on_rank0(torch.load, cache, what=f"{cache}: remove it: ").to(device)
     scores = score_pairs(scorer, data, pairs, supply, args, device, "reference", steps)
     draft = f"{cache}.{os.getpid()}"
     on_rank0(lambda: cache.parent.mkdir(exist_ok=True))

@@ -42,22 +42,22 @@ def score_set(scorer, data, budget, device, desc):
     world, rank, scores = dist.get_world_size(), dist.get_rank(), []
     every = [*zip(data["prompt"], data["responses"])]
     for k in tqdm.trange(0, len(every), 256, desc=desc, unit="256 rows", disable=rank > 0):
-        rows = every[k : k + 256]
-        counts = [len(rs) for _, rs in rows]
+        rows, counts = every[k : k + 256], [len(rs) for _, rs in every[k : k + 256]]
         full = torch.zeros(len(rows), max(counts), dtype=torch.float64, device=device)
         for micro in plan(rows, world, budget)[rank]:
             out = score(scorer, rows, micro, device).split([counts[i] for i in micro])
             for i, part in zip(micro, out):
                 full[i, : counts[i]] = part
         dist.all_reduce(full)
+        check(full.isfinite().all(), f"{desc}: a log-prob is not finite; the weights are broken")
         scores += [line[:n] for line, n in zip(full.tolist(), counts)]
     return scores
 
 # ------------------------------------------------------------------------------------ generation
 def generate(path, prompts, args, device, desc):
-    """A response to each prompt (token ids), [(ids, whether it ended)], the same on every rank.
-    Every rank loads the whole model and takes batches of 64 prompts in turn. A batch has a seed of
-    its own, so that the number of processes makes no difference."""
+    """A response to each prompt (token ids), [(ids, whether it ended)], the same on every rank, each
+    of which takes batches of 64 prompts in turn. A batch has a seed of its own, so that the number
+    of processes makes no difference."""
     tok, order = load_tokenizer(path), sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     tok.pad_token = tok.pad_token or tok.eos_token
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -164,7 +164,7 @@ def estimate(strata, weights):
         squares = (x[:, 0] - value * x[:, 1]).square().sum().item() / x[:, 1].sum().item() ** 2
         p += weights[name] * value
         variance += weights[name] ** 2 * squares * len(x) / max(1, len(x) - 1)
-    n = p * (1 - p) / variance if variance > 0 else sum(map(len, strata.values()))
+    n = p * (1 - p) / variance if variance > 1e-20 else sum(map(len, strata.values()))
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(max(0.0, p * (1 - p)) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return p, max(0.0, middle - half), min(1.0, middle + half)
@@ -205,6 +205,8 @@ def measure(data, scores, base=None):
                 units[name].setdefault(prompt, []).extend(counts)
         strata = {name: torch.tensor([[*map(sum, zip(*x))] for x in unit.values()], dtype=torch.float64)
                   for name, unit in units.items() if unit}
+        if not strata:  # a column of equal labels
+            continue
         weights = {name: weights[name] / sum(weights[s] for s in strata) for name in strata}
         rates = {name: (x.sum(0) / x[:, 1].sum()).tolist() for name, x in strata.items()}
         p, low, high = estimate(strata, weights)
@@ -216,15 +218,15 @@ def measure(data, scores, base=None):
         if base:
             gain = dict(zip(("gain_low", "gain_high"), bootstrap(strata, weights)))
             out[column] |= dict(won=won, lost=lost, gain=won - lost) | gain
-    main = [out[c] for c in columns if ">" not in c]
+    main = [out[c] for c in out if ">" not in c]
     if len(main) > 2:  # of a domain where it is in all of them
         mean = lambda values: sum(values) / len(main)
-        both = set.intersection(*(set(x["domains"]) for x in main))
         out["Avg"] = dict(accuracy=mean(x["accuracy"] for x in main), domains={
-            d: mean(x["domains"][d] for x in main) for d in main[0]["domains"] if d in both})
+            d: mean(x["domains"][d] for x in main) for d in main[0]["domains"]
+            if all(d in x["domains"] for x in main)})
     if not any(data["style"]) and max(map(len, data["scores"])) > 2:
         taus = [tau for row in zip(data["scores"], scores) if (tau := kendall_tau(*row)) is not None]
-        out[""]["tau"] = sum(taus) / max(1, len(taus))
+        next(iter(out.values()))["tau"] = sum(taus) / max(1, len(taus))
     return out
 
 def training_log(path):
@@ -252,11 +254,9 @@ def tables_of(results):
     rows = {kind: {m: kinds[kind] for m, kinds in results["models"].items() if kinds[kind]}
             for kind in results["kinds"]}
     average, baseline = rows["average"], {"the longer one wins": longer}
-
     def grid(title, rows, *keys):
         tables[title] = {m: {t: [100 * row[s][c][k] for k in keys if k in row[s][c]]
                              for s, c, t in columns if keys[0] in row[s][c]} for m, row in rows.items()}
-
     for kind in rows:
         grid(f"Ranking accuracy by {kind}, %", rows[kind] | baseline, "accuracy", "low", "high")
     grid(f"Minus {ref}, by average, %", average, "gain", "gain_low", "gain_high")
@@ -295,8 +295,8 @@ def merge(runs, bases):
             other = cells.get((title, base, column), {})
             x = torch.tensor([found[k][0] - other[k][0] for k in found if k in other])
             if len(x) > 1 and row != base:
-                half = x.std().item() * T975[min(len(x), 11) - 2] / math.sqrt(len(x))
-                mean = x.mean().item()
+                mean, error = x.mean().item(), x.std().item() / math.sqrt(len(x))
+                half = error * T975[min(len(x), 11) - 2]
                 line = out.setdefault(f"{title}, minus {base}", {}).setdefault(row, {})
                 line[column] = [mean, mean - half, mean + half]
     return out
@@ -380,9 +380,8 @@ def main(args):
     for path in paths:
         check_vocabulary(args.data, path)  # a bad one fails here, before anything is scored
     short = [Path(p).name for p in paths]
-    names = {p: n if short.count(n) == 1 else p.strip("/").replace("/", "_")
-             for p, n in zip(paths, short)}
-    make = begin(args.out, args, [args.data, *paths, *filter(None, [args.prompts])], redo=True)
+    names = {p: n if short.count(n) == 1 else p.replace("/", "_") for p, n in zip(paths, short)}
+    make = begin(args.out, args, [args.data, *paths, *filter(None, [args.prompts])], redo="models")
     logs = {names[path]: training_log(path) for path in paths}
     if make is None:
         results = json.loads((Path(args.out) / "results.json").read_text())
@@ -439,10 +438,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL", help="Hugging Face folders or hub ids")
+    add("models", nargs="*", type=os.path.normpath, metavar="MODEL", help="Hugging Face folders or hub ids")
     add("--data", help="a folder of sets (DIR/eval of prepare_data.py), or one set")
-    add("--ref", help="the SFT model: gives implicit rewards and flips; is scored as well")
-    add("--out", required=True, help="folder to write; it appears when complete")
+    add("--ref", type=os.path.normpath, help="the SFT model: gives implicit rewards and flips; is scored as well")
+    add("--out", required=True, type=os.path.normpath, help="folder to write; whole or not at all")
     add("--tokens-per-forward", type=int, default=16384, help="memory, not results (16384)")
     add("--generate", type=int, default=0, metavar="N", help="prompts of each set to respond to (0)")
     add("--prompts", help="JSON list of {instruction} to answer, as AlpacaEval has it")

@@ -163,10 +163,10 @@ def read_source(source, seed=0):
         return [(source, row) for row in toy_rows(source[4:], seed)]
     if path.is_file() and path.suffix != ".parquet":
         try:
-            text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode()
+            text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode("utf-8-sig")
             lines = [text] if text.lstrip()[:1] == "[" else filter(str.strip, text.split("\n"))
             rows = [row for x in map(json.loads, lines) for row in (x if isinstance(x, list) else [x])]
-        except ValueError as error:
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{source}: not JSON, nor JSON lines ({error})") from None
     elif path.is_file():
         rows = Dataset.from_parquet(source)
@@ -186,8 +186,8 @@ class Dropped(Exception):
 
 def messages(x, role="user"):
     """A text, hh-rlhf's turns in one, a message or a list of them ({role, content} or {from, value}) -> messages."""
-    if role == "assistant" and str(x).startswith("\n\nHuman:"):
-        parts = re.split(r"\n\n(Human|Assistant):", x)
+    if str(x).startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant):", x if role == "assistant" else x.rstrip().removesuffix("\n\nAssistant:"))
         x = [{"from": who.lower(), "value": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
     turns = x if isinstance(x, list) else [x] if isinstance(x, dict) else [dict(role=role, content=x)]
     roles = [dict(human="user", gpt="assistant").get(t.get("from"), t.get("role") or t["from"]) for t in turns]
@@ -195,7 +195,7 @@ def messages(x, role="user"):
     return [dict(role=r, content="" if r == "assistant" and not isinstance(x, str) else x) for r, x in zip(roles, said)]
 
 pair = lambda row: ([row["chosen"], row["rejected"]], [a, b]  # in a tie the label decides
-                    if (a := row.get("score_chosen", 1)) > (b := row.get("score_rejected", 0)) else [1, 0])
+                    if (a := float(row.get("score_chosen", 1))) > (b := float(row.get("score_rejected", 0))) else [1, 0])
 several = lambda row: (row["chosen"] + row["rejected"], [1] * len(row["chosen"]) + [0] * len(row["rejected"]))
 form = lambda x: "str" if not isinstance(x, list) else "list" if x and isinstance(x[0], dict) else f"{len(x)}"
 SHAPES = {  # name: (kind, keys that tell it, row -> answers and scores, a conversation, or a remedy)
@@ -240,8 +240,10 @@ def parse(row, kind):
         check(scored, "has not a list of answers and a finite score for each")
         same = all(t[:-1] == talks[0][:-1] and t[-1]["role"] == "assistant" for t in talks)
         check(same and len(talks) > 1, "not two answers to one prompt", Dropped)
-        prompt = max(talks[0][:-1], messages(row.get("prompt", [])), key=len)  # either may hold it
+        asked, own = messages(row.get("prompt", [])), talks[0][:-1]  # either may hold the prompt, or each a part
+        prompt = asked + own if own and own[0]["role"] == "assistant" else max(own, asked, key=len)
         items = [(prompt, [t[-1]["content"] for t in talks], scores, [0, 1, 2] * 2 * (shape == "RM-Bench"))]
+    items = [(messages(row["system"], "system") + p, *rest) for p, *rest in items] if row.get("system") else items
     sound = items and all(prompt and all(isinstance(t["content"], str) for t in prompt) for prompt, *_ in items)
     check(sound, "has no prompt (add the key prompt), no answer, or a turn that is not a text")
     return shape, items
@@ -333,11 +335,11 @@ def parse_source(source, seed, kind, excluded=()):
         except Dropped as reason:
             dropped[str(reason)] += 1
             continue
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
             raise ValueError(f"{where}: {error if isinstance(error, ValueError) else repr(error)}") from None
         shapes[shape] += 1
         name, meta = str(clean.get("id", clean.get("prompt_id", k))), json.dumps(row, ensure_ascii=False, default=str)
-        domain = clean["subset"] if shape.startswith("RewardBench") else row.get("domain", "")
+        domain = str(clean.get("subset" if shape.startswith("RewardBench") else "domain", row.get("domain", "")))
         for prompt, responses, scores, style in items:
             asked, key = json.dumps(prompt), hashlib.sha256(json.dumps([prompt, responses]).encode()).digest()
             if why := seen.get(asked, seen.get(key)):
@@ -402,7 +404,7 @@ def begin(out, args, inputs, redo=False):
         if (folder / "args.json").exists():
             old = json.loads((folder / "args.json").read_text())
             diff = "; ".join(f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(old | now) if old.get(k) != now.get(k))
-            check(redo or not diff, f"{folder} is of other arguments ({diff}); remove it or change --out")
+            check(redo in old or not diff, f"{folder} is of other arguments ({diff}); remove it or change --out")
             if folder == Path(out) and not diff:
                 return None
         elif folder.exists() and {f.name for f in folder.iterdir()} - {"args.draft"}:  # else killed before it had one
@@ -416,9 +418,8 @@ def begin(out, args, inputs, redo=False):
 def run(main, parser, leave=lambda: None):
     """Parse, run, leave(); a bad argument or input is one line on stderr and exit code 1."""
     try:
-        main(parser.parse_args())
-        return leave()
-    except (ValueError, OSError) as error:
+        return main(parser.parse_args()), leave()
+    except (ValueError, OSError, ArithmeticError) as error:
         message = str(error).strip().splitlines()[0]
     raise SystemExit(f"{parser.prog}: {message}")  # out here, so that what main held is closed, progress bars too
 
@@ -468,7 +469,7 @@ if __name__ == "__main__":
     add("--sft", help="source of demonstrations")
     add("--prefs", help="source of preferences to train on")
     add("--eval", nargs="*", default=[], metavar="NAME=SOURCE", help="preferences to evaluate on")
-    add("--out", required=True, help="folder to write; it appears when complete")
+    add("--out", required=True, type=os.path.normpath, help="folder to write; it appears when complete")
     add("--exclude-prompts-from", metavar="SOURCE", help="drop training prompts that occur in this source")
     add("--dry-run", action="store_true", help="print three rows of each set and the report; write nothing")
     add("--max-length", type=int, default=2048, help="tokens; longer pairs are dropped (2048)")

@@ -50,9 +50,11 @@ def setup():
     return device
 
 def leave():
-    """At the end of a stage that did not fail: threads of a group left behind may abort the exit."""
+    """The end of a stage that did not fail. Threads of libraries were seen to abort plain exits."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        print(end="", flush=True)
+        os._exit(0)
 
 def print0(*words):
     if dist.get_rank() == 0:
@@ -294,8 +296,7 @@ def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), logps=()):
     return norm, int(stop)
 
 def tensors(scorer, optimizer):
-    """All that a checkpoint holds, by flat keys. A DTensor is one entry of all ranks; the plain
-    tensors of 8-bit moments are one for each rank."""
+    """All that a checkpoint holds, by flat keys; 8-bit moments, not DTensors, one for each rank."""
     out = {f"model.{name}": p.detach() for name, p in scorer.named_parameters()}
     for name, param in zip(optimizer.named, optimizer.param_groups[0]["params"]):
         for key, value in optimizer.state[param].items():
@@ -359,9 +360,8 @@ def load_checkpoint(partial, scorer, optimizer):
     return step, torch.load(folder / "state.pt", map_location="cpu")
 
 def save_model(scorer, tok, partial, args):
-    """PARTIAL -> OUT, an ordinary Hugging Face folder: weights, tokenizer with its chat template,
-    generation config with every stop id. For --save-dtype bfloat16 it prints the share of weight
-    changes since --model that survive; at these learning rates most do not."""
+    """PARTIAL -> OUT, an ordinary Hugging Face folder, whose generation config has every stop id.
+    For --save-dtype bfloat16 it prints the share of weight changes since --model that survive."""
     lm, dtype = scorer.lm, getattr(torch, args.save_dtype)
     options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = whole.get_model_state_dict(lm, options=options)
@@ -412,7 +412,7 @@ def start(args, reward=False, **also):
     check(dist.get_world_size() % args.replicas == 0, "--replicas must divide the processes")
     check_vocabulary(args.data, args.model)
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
-    also |= dict(processes=dist.get_world_size()) if args.optimizer == "adamw8bit" else {}
+    also |= dict(processes=[dist.get_world_size(), args.replicas]) if args.optimizer == "adamw8bit" else {}
     make = begin(args.out, argparse.Namespace(**vars(args) | also), [args.data, args.model])
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
@@ -456,7 +456,7 @@ def trainer_arguments(parser, lr, batch_size, epochs, what):
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face folder or hub id to start from")
     add("--data", required=True, help="a folder that prepare_data.py wrote")
-    add("--out", required=True, help="the folder to write; OUT.partial until complete")
+    add("--out", required=True, type=os.path.normpath, help="the folder to write; OUT.partial until complete")
     add("--epochs", type=float, default=epochs, help=f"passes over the data (default {epochs})")
     add("--lr", type=float, default=lr, help=f"peak learning rate (default {lr})")
     add("--batch-size", type=int, default=batch_size, help=f"{what} of one step ({batch_size})")

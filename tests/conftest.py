@@ -34,15 +34,14 @@ def pytest_configure(config):
 @contextmanager
 def process_group():
     """A group of one process around what is run here. A stage that sets up its own group meanwhile gets this one."""
-    mine, init, destroy = not dist.is_initialized(), dist.init_process_group, dist.destroy_process_group
+    mine, init = not dist.is_initialized(), dist.init_process_group
     if mine:
         init("gloo", store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group = lambda *args, **kwargs: None
-    dist.destroy_process_group = lambda: None
     try:
         yield
     finally:
-        dist.init_process_group, dist.destroy_process_group = init, destroy
+        dist.init_process_group = init
         if mine:
             dist.destroy_process_group()
 
@@ -50,7 +49,10 @@ def process_group():
 def run_here(script, *args):
     """Run a stage as a script inside this process (an import of torch costs seconds). Its SystemExit, if any, is raised."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    import prepare_data
+
     argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, args)]
+    run, prepare_data.run = prepare_data.run, lambda main, parser, *leave: run(main, parser)  # this process goes on
     try:
         with process_group():
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -76,9 +78,11 @@ import json, runpy, sys
 import torch.distributed as dist
 dist.init_process_group("gloo")
 dist.init_process_group = lambda *args, **kwargs: None
-dist.destroy_process_group = lambda: None
 for argv in json.load(open(sys.argv[1])):
     sys.argv, sys.path[0] = argv, argv[0].rpartition("/")[0]
+    import prepare_data
+    run = vars(prepare_data).setdefault("first", prepare_data.run)
+    prepare_data.run = lambda main, parser, *leave: run(main, parser)  # this process goes on
     runpy.run_path(argv[0], run_name="__main__")
 """
 
