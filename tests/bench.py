@@ -78,7 +78,7 @@ def ours(folder, name):
     function, hp = align.configure(name, [])
     args = argparse.Namespace(batch_size=BATCH, seed=0, tokens_per_forward=2048)
     begin = clock()
-    ref = align.score_pairs(scorer, data, pairs, [], args, device, "reference") if name == "dpo" else None
+    ref = align.score_pairs(scorer, data, pairs, [], args, device, "reference", PAIRS // BATCH) if name == "dpo" else None
     reference, losses, begin = since(begin), [], clock()
     for step in range(PAIRS // BATCH):
         index = batch_indices(PAIRS, BATCH, 0, step)

@@ -604,3 +604,11 @@ def test_data_of_another_tokenizer_is_refused(sft, data, models, tmp_path):
 def test_a_summary_of_no_results_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="results.json"):
         run_here("evaluate.py", "--summary", tmp_path, "--out", tmp_path / "o")
+
+
+def test_our_side_of_the_benchmark_still_runs(monkeypatch):
+    monkeypatch.setenv("PAIRS", "3")
+    code, out, err = run_stage(ROOT / "tests/bench.py", "--run", "ours-dpo")
+    assert code == 0, err
+    result = json.loads(out.split("RESULT ")[1])
+    assert result["losses"][0] == pytest.approx(math.log(2), abs=1e-5) and len(result["losses"]) == 3
