@@ -387,14 +387,14 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     """(losses (g,), new state) of the pairs at the positions `here` of the global batch. leaf (K, g):
     their log-probs, columns as in `fetch`; lengths, ref (K, G), gap (G,): of the whole batch."""
     n, ref = lengths[:, here], torch.zeros_like(leaf) if ref is None else ref[:, here]
-    head, last = slice(2, 4) if len(n) > 3 else slice(0, 2), len(n) - 1
-    square = leaf[-len(n) :].detach()
+    head, last, square = slice(2, 4) if len(n) > 3 else slice(0, 2), len(n) - 1, leaf[-len(n) :].detach()
     supply = dict(
         pi=Logps(*leaf[:2], *n[:2]), ref=Logps(*ref[:2], *n[:2]), gap=gap[here], state=state,
         pi_head=Logps(*leaf[head], *n[head]), ref_head=Logps(*ref[head], *n[head]),
         pi_square=Logps(*square[:2], *n[:2]), kl=(leaf[last] - ref[last]).detach())
     out = function(*(supply[k] for k in wants(function)), **hp)
     values, state = out if isinstance(out, tuple) else (out, {})
+    check(values.shape == leaf[0].shape, f"a loss returns (G,), one value a pair, not {values.shape}")
     return values - sft_weight * leaf[0] / n[0], state
 
 # ----------------------------------------------------------------------------- pairs of the data

@@ -104,7 +104,7 @@ case $WHAT in
     exec "$PYTHON" -m pytest tests -q --durations 5 -m "$select" ;;
   bench) install requirements.txt tests/requirements-bench.txt; exec "$PYTHON" tests/bench.py ;;
   *) line=$(awk -v w="$WHAT" '$1 == w { sub(/^ *[^ ]+/, ""); print }' <<< "$EXPERIMENTS")
-    [ -n "$line" ] || die "$WHAT: wanted test, soak or$(awk '/[|]/ { printf " %s", $1 }' <<< "$EXPERIMENTS")"
+    [ -n "$line" ] || die "$WHAT: wanted test, soak, bench,$(awk '/[|]/ { printf " %s", $1 }' <<< "$EXPERIMENTS")"
     install requirements.txt ;;
 esac
 [ "$WHAT" = compare ] || SEEDS=${SEEDS:-0 1 2}
