@@ -121,8 +121,9 @@ MODEL=${MODEL:-$model} SFT_DATA=${SFT_DATA:-$sft_data} PREF_DATA=${PREF_DATA:-$p
 OUT=${OUT:-runs/$SETTING} MAX_LENGTH=${MAX_LENGTH:-$length}
 [ "$MODEL" = toy ] || EVAL_DATA=${EVAL_DATA:-$EVALS}
 LOSSES=${LOSSES:-${line%|*}} SEED=${SEED:-0}
-LOSSES=$("$PYTHON" -c 'import sys, align
-names, flags = sys.argv[1:], "lr batch-size epochs pairs min-gap sft-weight".split()
+FLAGS="lr batch-size epochs pairs min-gap sft-weight" # of align.py, that LOSS@K=V may change; other K are hyper-parameters
+LOSSES=$(FLAGS=$FLAGS "$PYTHON" -c 'import os, sys, align
+names, flags = sys.argv[1:], os.environ["FLAGS"].split()
 names = names if names != ["EVERY"] else [k for k in align.LOSSES if k != "reward"]
 try: [align.configure(name, [c for c in changes.split(",") if c and c.split("=")[0] not in flags])
       for name, _, changes in (name.partition("@") for name in names)]
@@ -135,10 +136,8 @@ recipe() { # the arguments of a stage in this setting, or those called `other`
 changes() { # those of LOSS@K=V,...
   local pair pairs=; [[ $1 != *@* ]] || pairs=${1#*@}
   for pair in ${pairs//,/ }; do
-    case $pair in
-      lr=*|batch-size=*|epochs=*|pairs=*|min-gap=*|sft-weight=*) echo "--${pair%%=*} ${pair#*=}" ;;
-      *) echo "--hp $pair" ;;
-    esac
+    if [[ " $FLAGS " == *" ${pair%%=*} "* ]]; then echo "--${pair%%=*} ${pair#*=}"
+    else echo "--hp $pair"; fi
   done
 }
 
