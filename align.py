@@ -91,11 +91,13 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
 def amapo_margin(r, beta, form, znorm, exp, clip):
     """The margin (n,) of one statistics group r (n,). 0 where the official code is undefined: one
     pair, or equal r. The exponent is capped at 80, which takes r of hundreds of nats per token."""
-    z = -standardise(r, r.mean(), r.std(correction=min(1, len(r) - 1)))
+    z = -standardise(r, r.mean(), deviation(r))
     gamma = (z if znorm else r.mean() - r) * r.mean() * (1.0 if form == "code" else beta)
     pushed = z > 0 if form == "code" else gamma > 0
     pushed = pushed if clip else z != 0
     return torch.where(pushed, beta * (gamma.clamp(max=80.0).exp() if exp else gamma), 0.0)
+
+deviation = lambda x: x.std(correction=min(1, len(x) - 1))  # (), unbiased; 0 for one value
 
 def standardise(x, mean, std):
     """(x - mean) / std; 0 where std is no more than rounding."""
@@ -323,7 +325,7 @@ def betadpo(pi, ref, state, *, beta=0.1, alpha=0.6, keep=0.8, ema=0.0):
 def running(state, x, ema):
     """The new state: mean and std of x (G,), or their running averages, and the number of steps."""
     old = {k: state.get(k, torch.zeros((), dtype=torch.float64)) for k in ("mean", "std", "step")}
-    mean, std = x.mean().double(), x.std(correction=min(1, len(x) - 1)).double()
+    mean, std = x.mean().double(), deviation(x).double()
     return dict(mean=ema * old["mean"] + (1 - ema) * mean, std=ema * old["std"] + (1 - ema) * std,
                 step=old["step"] + 1)
 
@@ -469,7 +471,6 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     rows: [(prompt, [K responses])] * G.  losses_of(leaf (K, g), here) -> losses (g,), state.
     Returns losses (G,), logps (K, G) and dL/dlogp (K, G), L the mean over G pairs: float64, in data
     order, equal on every rank; and the loss's new state.
-
     The step is done in windows. The graphs of a window are kept until its losses are known:
       a loss of single pairs   a window is one micro-batch of every rank
       a loss of the batch      it is the whole step
@@ -528,8 +529,8 @@ def main(args):
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
     check(pairs, f"{args.data}: no row has two scores that differ, by --min-gap at least")
     if args.margins:  # w - l of all pairs, by a reward model
-        source, margins = json.loads(Path(args.margins).read_text()).values()
-        same = source == fingerprint(args.data) and len(margins) == len(pairs)
+        margins = json.loads(Path(args.margins).read_text())
+        same = margins["data"] == fingerprint(args.data) and len(margins["margins"]) == len(pairs)
         check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
     source = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
     if not (ready := start(args, reward=args.loss == "reward", hp=hp, source=source)):
@@ -553,7 +554,7 @@ def main(args):
         rows, ids, gap = fetch(data, pairs, index, supply)
         lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows],
                                dtype=torch.float64, device=device).T  # (K, G)
-        gap = gap.new_tensor([margins[i] for i in index]) if args.margins else gap
+        gap = gap.new_tensor([margins["margins"][i] for i in index]) if args.margins else gap
         ref = reference[:, index] if wanted else None
         losses_of = functools.partial(
             apply_loss, function, hp, args.sft_weight, lengths, ref, gap.to(device), state)
