@@ -404,9 +404,9 @@ def start(args, reward=False, **also):
     """Device, rows, tokenizer, scorer, optimizer and OUT.partial of a trainer; None if OUT is
     complete. Bad arguments fail here. also: what makes the result, besides args."""
     device, rows = setup(), load_rows(args.data)
+    positive = "batch_size", "clip", "epochs", "lr", "replicas", "tokens_per_forward"
     for name, value in vars(args).items():
-        positive = "batch_size", "clip", "epochs", "lr", "replicas", "tokens_per_forward"
-        least = name in positive and 1e-300
+        least = 1e-300 if name in positive else 0
         check(not isinstance(value, (int, float)) or least <= value < math.inf,
               f"--{name.replace('_', '-')} {value}: out of range")
     check(dist.get_world_size() % args.replicas == 0, "--replicas must divide the processes")

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 PAIRS, VOCABULARY, END = int(os.environ.get("PAIRS", 96)), 8192, 1
 BATCH = PAIRS // 3
-SIDES = {  # name: (what it is, against which of ours)
+SIDES = {  # name: what it is
     "ours-dpo": "this repository, dpo", "trl-dpo": "TRL DPOTrainer, its defaults (live reference, checkpointing, 8 pairs)",
     "trl-dpo-best": "TRL DPOTrainer, reference precomputed, no checkpointing, sorted by length",
     "ours-simpo": "this repository, simpo", "trl-simpo": "TRL CPOTrainer, loss_type=simpo, no checkpointing, sorted by length"}
