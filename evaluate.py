@@ -42,15 +42,15 @@ def score_set(scorer, data, budget, device, desc):
     world, rank, scores = dist.get_world_size(), dist.get_rank(), []
     every = [*zip(data["prompt"], data["responses"])]
     for k in tqdm.trange(0, len(every), 256, desc=desc, unit="256 rows", disable=rank > 0):
-        rows, counts = every[k : k + 256], [len(rs) for _, rs in every[k : k + 256]]
-        full = torch.zeros(len(rows), max(counts), dtype=torch.float64, device=device)
+        rows = every[k : k + 256]
+        full = torch.zeros(len(rows), max(len(rs) for _, rs in rows), device=device).double()
         for micro in plan(rows, world, budget)[rank]:
-            out = score(scorer, rows, micro, device).split([counts[i] for i in micro])
+            out = score(scorer, rows, micro, device).split([len(rows[i][1]) for i in micro])
             for i, part in zip(micro, out):
-                full[i, : counts[i]] = part
+                full[i, : len(part)] = part
         dist.all_reduce(full)
         check(full.isfinite().all(), f"{desc}: a log-prob is not finite; the weights are broken")
-        scores += [line[:n] for line, n in zip(full.tolist(), counts)]
+        scores += [line[: len(rs)] for line, (_, rs) in zip(full.tolist(), rows)]
     return scores
 
 # ------------------------------------------------------------------------------------ generation
@@ -191,7 +191,6 @@ def kendall_tau(labels, scores):
 def measure(data, scores, base=None):
     """All numbers of one model, one kind of score, one set. data: the columns scores, style, domain
     of a set, and prompt, anything that tells prompts apart: rows of one prompt are one unit.
-
     base: the scores of --ref. Returns {column: dict(accuracy, low, high, ties, comparisons, prompts,
     domains[, tau, won, lost, gain, gain_low, gain_high])}, columns as of `sections`, and Avg, the
     mean of three or more."""
