@@ -13,8 +13,7 @@ processes and the micro-batches.
     python align.py --loss amapo --hp beta=10 --model runs/toy/sft --data runs/toy/data/train \\
         --out runs/amapo --lr 3e-4 --batch-size 64             # toy world, 2 cores: half a minute
 
-A new loss is one function below with @loss. Writes OUT as sft.py does; README.md defines every key
-of metrics.jsonl.
+A new loss is one function below with @loss. Writes OUT as sft.py does; README.md defines its metrics.
 """
 
 import functools
@@ -23,6 +22,7 @@ import inspect
 import json
 import math
 import os
+import re
 import time
 from itertools import combinations
 from pathlib import Path
@@ -39,7 +39,6 @@ from sft import (batch_indices, end_step, learning_rate, load_checkpoint, load_r
 
 # ---------------------------------------------------------------------------------------- losses
 # r = w / nw - l / nl, the length-normalised margin of a pair, is what models are ranked by.
-
 class Logps(NamedTuple):
     """Summed log-probs in nats of chosen (w) and rejected (l); lengths in tokens; all (G,)."""
     w: torch.Tensor
@@ -48,26 +47,25 @@ class Logps(NamedTuple):
     nl: torch.Tensor
 
 LOSSES = {}
-
 def loss(function=None, *, batch=False):
     """Register a loss; batch=True: it looks across pairs. It returns (G,) in nats, not reduced.
     Positional parameters name what the loop supplies: `pi`, the policy's Logps; `ref`, the
     reference's (computed once, cached); `pi_head`, `ref_head`, those of the first min(nw, nl)
     tokens; `pi_square`, sums of log sum_v pi(v)^2 over the tokens v, detached; `kl` (G,), policy
     minus reference log-prob of the next pair's chosen response; `gap` (G,), the score difference
-    of each pair, or its --margins; `state`, a dict of 0-d float64 tensors, {} at first: such a
-    loss returns (losses, new state). Keyword-only parameters are the hyper-parameters."""
+    of each pair, or its --margins; `state`, for batch=True, a dict of 0-d float64 tensors, {} at
+    first: such a loss returns (losses, new state). Keyword-only parameters are hyper-parameters."""
     if function is None:
         return functools.partial(loss, batch=batch)
     parameters = inspect.signature(function).parameters.items()
     function.wants = [k for k, p in parameters if p.kind is not p.KEYWORD_ONLY]
     function.hp = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY}
     function.batch = batch
+    check(function.__name__ not in LOSSES, f"two losses are called {function.__name__}")
     LOSSES[function.__name__] = function
     return function
 
 # ----- AMaPO: push the pairs below the batch mean, leave the others alone
-
 @loss(batch=True)
 def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True):
     """-log s(beta * r - margin); margin = beta * exp(z * mu) if r < mu else 0, z = (mu - r) / std.
@@ -107,7 +105,6 @@ def standardise(x, mean, std):
     return torch.where(some, (x - mean) / torch.where(some, std, 1.0), 0.0)
 
 # ----- a sigmoid of the length-normalised margin, without a reference
-
 @loss
 def simpo(pi, *, beta=2.0, gamma=1.0):
     """-log s(beta * r - gamma).  SimPO, arXiv 2405.14734 eq. 6.
@@ -127,7 +124,6 @@ def simper(pi):
     return torch.exp(pi.l / pi.nl) - torch.exp(pi.w / pi.nw)
 
 # ----- DPO, and what has been put on its logit; u = w - ref_w, v = l - ref_l
-
 @loss
 def dpo(pi, ref, *, beta=0.1):
     """-log s(beta * (u - v)).  DPO, arXiv 2305.18290 eq. 7."""
@@ -216,7 +212,6 @@ def madpo(pi, ref, gap, *, beta=0.1, c_max=2.0, c_min=0.5, lam=1.0, tau=6.9068):
     return -weight * F.logsigmoid(beta * ((pi.w - ref.w) - (pi.l - ref.l)))
 
 # ----- each response against the reference on its own
-
 @loss
 def apo_zero(pi, ref, *, beta=0.1):
     """1 - s(beta * u) + s(beta * v): chosen up, rejected down.  APO, arXiv 2408.06266 eq. 7."""
@@ -257,7 +252,6 @@ def caldpo(pi, ref, *, beta=0.001, weight=0.5):
     return -F.logsigmoid(u - v) + weight * ((u - 0.5 / beta) ** 2 + (v + 0.5 / beta) ** 2)
 
 # ----- with a likelihood of the chosen response beside the preference
-
 @loss
 def rpo(pi, ref, *, beta=0.01, eta=0.005):
     """DPO - eta * w / nw.  RPO, arXiv 2405.16436 (Iterative RPO, 2404.19733, has eta = 1)."""
@@ -296,7 +290,6 @@ def log_odds(p):
     return p - torch.log(-torch.expm1(p))
 
 # ----- statistics of the batch; ema=0: of this batch, ema=0.9: the official running averages
-
 @loss(batch=True)
 def alphadpo(pi, ref, state, *, beta=2.5, gamma=0.375, alpha=0.05, ema=0.0):
     """-log s(beta * r - gamma - beta * alpha * z), z = (M - mean) / std of M = r - r_ref, detached.
@@ -356,44 +349,58 @@ def aot(pi, ref, *, beta=0.1, paired=True):
     return -F.logsigmoid(beta * (x.sort().values - y.sort().values))
 
 # ----- a reward model: the scorer returns rewards, w and l, in place of log-probs
-
 @loss
 def reward(pi):
     """-log s(w - l).  Bradley and Terry 1952; its margins w - l are what madpo takes."""
     return -F.logsigmoid(pi.w - pi.l)
 
 def configure(name, settings):
-    """(loss function, its hyper-parameters) from ["beta=2.5", ...]; ValueError if unknown."""
+    """(loss function, its hyper-parameters) from ["beta=2.5", ...]. ValueError if unknown, or for
+    what two made-up pairs, one ranked right, tell against them."""
     check(name in LOSSES, f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
-    known = "pi ref pi_head ref_head pi_square kl gap" + " state" * LOSSES[name].batch
-    unknown = {*LOSSES[name].wants} - {*known.split()}
-    check(not unknown, f"--loss {name}: the loop has no {unknown} for it; hyper-parameters come "
-          "after `*`, and `state` is for @loss(batch=True)")
-    hp = dict(LOSSES[name].hp)
-    defaults = ", ".join(f"{k}={v}" for k, v in hp.items()) or "none"
+    function, hp = LOSSES[name], dict(LOSSES[name].hp)
+    known = "pi ref pi_head ref_head pi_square kl gap" + " state" * function.batch
+    check({*function.wants} <= {*known.split()} and inspect.Parameter.empty not in hp.values(),
+          f"--loss {name}{inspect.signature(function)}: the loop has {known}; hyper-parameters come "
+          "after `*`, with defaults; `state` is for @loss(batch=True)")
     for setting in settings:
         key, _, value = setting.partition("=")
-        check(key in hp, f"--hp {setting}: {name} has no {key}; its hyper-parameters: {defaults}")
+        check(key in hp, f"--hp {setting}: {name} has no {key}: {name}{inspect.signature(function)}")
         kind = float if type(hp[key]) is int and "." in value else type(hp[key])
         try:
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise ValueError(f"--hp {setting}: wanted a {kind.__name__}") from None
-    return LOSSES[name], hp
+    n = torch.tensor([[2.0, 3.0], [3.0, 2.0], [2.0, 2.0], [2.0, 2.0], [3.0, 2.0]]).double()  # (K, G)
+    leaf = (-n * torch.tensor([[1, 3], [2, 2.5], [1, 4], [3, 2], [1.5, 2.5]])).requires_grad_()
+    losses, *alone = (apply_loss(function, hp, 0.0, n, None, torch.ones(2), {}, leaf[:, here], here)[0]
+                      for here in ([0, 1], [0], [1]))
+    check(losses.isfinite().all(), f"{name} {hp}: losses of made-up pairs are {losses.tolist()}")
+    check(function.batch or losses.allclose(torch.cat(alone)), f"{name} looks across pairs: @loss(batch=True)")
+    check(torch.autograd.grad(losses.sum(), leaf)[0].any(), f"{name} {hp} has no gradient: all of it detached?")
+    return function, hp
 
 def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     """(losses (g,), new state) of the pairs at the positions `here` of the global batch. leaf (K, g):
     their log-probs, columns as in `fetch`; lengths, ref (K, G), gap (G,): of the whole batch."""
     n, ref = lengths[:, here], torch.zeros_like(leaf) if ref is None else ref[:, here]
     head, last, square = slice(2, 4) if len(n) > 3 else slice(0, 2), len(n) - 1, leaf[-len(n) :].detach()
-    supply = dict(
-        pi=Logps(*leaf[:2], *n[:2]), ref=Logps(*ref[:2], *n[:2]), gap=gap[here], state=state,
-        pi_head=Logps(*leaf[head], *n[head]), ref_head=Logps(*ref[head], *n[head]),
-        pi_square=Logps(*square[:2], *n[:2]), kl=(leaf[last] - ref[last]).detach())
+    supply = dict(pi=Logps(*leaf[:2], *n[:2]), ref=Logps(*ref[:2], *n[:2]), gap=gap[here],
+                  pi_head=Logps(*leaf[head], *n[head]), ref_head=Logps(*ref[head], *n[head]),
+                  pi_square=Logps(*square[:2], *n[:2]), kl=(leaf[last] - ref[last]).detach(), state=state)
     out = function(*(supply[k] for k in function.wants), **hp)
-    values, state = out if isinstance(out, tuple) else (out, {})
-    check(values.shape == leaf[0].shape, f"a loss returns (G,), one value a pair, not {values.shape}")
-    return values - sft_weight * leaf[0] / n[0], state
+    out = out if "state" in function.wants else (out, {})
+    sound = isinstance(out, tuple) and torch.is_tensor(out[0]) and out[0].shape == leaf[0].shape
+    check(sound, f"{function.__name__} must return (G,) losses, one a pair; one that takes `state` "
+          "(losses, new state)")
+    return out[0] - sft_weight * leaf[0] / n[0], out[1]
+
+def code_of(function):
+    """Hash of the text of a loss and of the functions of this file that it calls."""
+    text = inspect.getsource(function)
+    used = [f for name, f in globals().items() if inspect.isfunction(f) and f.__module__ == __name__
+            and f is not function and re.search(rf"\b{name}\(", text)]
+    return hashlib.sha256("".join([text, *map(code_of, used)]).encode()).hexdigest()[:16]
 
 # ----------------------------------------------------------------------------- pairs of the data
 def draw_pairs(scores, how, min_gap):
@@ -507,10 +514,9 @@ def describe(losses, logps, grads, lengths):
     r, total = average[0] - average[1], logps[0] - logps[1]
     force = grads.abs().sum(0)  # (G,) |dL/dw| + |dL/dl|
     barely = (r > 0) & (r <= r.mean())
-    out = dict(
-        loss=losses.mean(), accuracy=(r > 0).double().mean(),
-        accuracy_sum=(total > 0).double().mean(), margin=r.mean(), margin_std=r.std(correction=0),
-        margin_sum=total.mean(), logp_chosen=average[0].mean(), logp_rejected=average[1].mean())
+    out = dict(loss=losses.mean(), accuracy=(r > 0).double().mean(), margin=r.mean(),
+               accuracy_sum=(total > 0).double().mean(), margin_std=r.std(correction=0),
+               margin_sum=total.mean(), logp_chosen=average[0].mean(), logp_rejected=average[1].mean())
     for name, pairs in dict(misranked=r <= 0, barely=barely, well=(r > 0) & ~barely).items():
         out[f"pairs_{name}"] = pairs.double().mean()
         out[f"grad_{name}"] = (force * pairs).sum() / force.sum().clamp(min=1e-300)
@@ -519,26 +525,23 @@ def describe(losses, logps, grads, lengths):
 # ------------------------------------------------------------------------------------------ main
 def main(args):
     function, hp = configure(args.loss, args.hp)
-    supply, x = function.wants, torch.arange(1.0, 11.0).view(5, 2)  # two made-up pairs
-    values, _ = apply_loss(function, hp, 0.0, x, None, torch.ones(2), {}, -x, [0, 1])
-    check(values.isfinite().all(), f"--hp {hp}: losses of made-up pairs are {values.tolist()}")
+    supply = function.wants
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
     check(pairs, f"{args.data}: no row has two scores that differ, by --min-gap at least")
     if args.margins:  # w - l of all pairs, by a reward model
         margins = json.loads(Path(args.margins).read_text())
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]
         check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
-    source = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
-    if not (ready := start(args, reward=args.loss == "reward", hp=hp, source=source)):
+    if not (ready := start(args, reward=args.loss == "reward", hp=hp, code=code_of(function))):
         return
     device, data, tok, scorer, optimizer, partial = ready
     epoch = math.ceil(len(pairs) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * epoch)
     print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} a step "
-           f"= {steps} steps, on {dist.get_world_size()} {device.type} process(es)")
-    wanted = {"ref", "ref_head", "kl"} & {*supply}
-    reference = wanted and reference_scores(scorer, data, pairs, supply, args, device,
-                                            min(steps, epoch))
+           f"= {steps} steps, on {dist.get_world_size()} {device.type} process(es)"
+           + "; so few steps change little" * (steps < 20))
+    wanted, once = {"ref", "ref_head", "kl"} & {*supply}, min(steps, epoch)
+    reference = wanted and reference_scores(scorer, data, pairs, supply, args, device, once)
     scorer.squares = "pi_square" in supply
     first, saved = load_checkpoint(partial, scorer, optimizer)
     state, origin = saved or ({}, None)  # of the loss; the first step's metrics
@@ -559,7 +562,7 @@ def main(args):
         metrics = describe(losses, logps, grads, lengths)
         lr, loss = learning_rate(step, steps, args.lr), metrics["loss"]
         norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, ids, logps.T)
-        if step == 0 and ref is not None:  # policy and reference were one model
+        if step == 0 and wanted:  # policy and reference were one model
             off = dpo(*(Logps(*x[:2], *lengths[:2]) for x in (logps, ref))).mean() - math.log(2)
             assert abs(off) < (1e-5 if device.type == "cpu" else 1e-2), f"first loss: ln 2 + {off}"
         origin = origin or metrics
@@ -576,7 +579,7 @@ def main(args):
     save_model(scorer, tok, partial, args)
 
 def arguments(add):
-    add("--loss", required=True, help=f"one of: {', '.join(LOSSES)}")
+    add("--loss", required=True, help="; ".join(f"{k}{inspect.signature(f)}" for k, f in LOSSES.items()))
     add("--hp", action="append", default=[], metavar="K=V", help="a hyper-parameter; repeatable")
     trainer_arguments(add, lr=5e-7, batch_size=128, epochs=1, what="pairs")
     add("--pairs", choices=("all", "best-worst"), default="all", help="of a scored list")

@@ -60,16 +60,15 @@ def generate(path, prompts, args, device, desc):
     how = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
     lm = transformers.AutoModelForCausalLM.from_pretrained(path, **how).to(device).eval()
     stops = torch.tensor(lm.generation_config.eos_token_id).flatten().tolist()
-    how = dict(do_sample=True, temperature=args.temperature, top_p=1.0, top_k=0)
-    how = how if args.temperature else dict(do_sample=False)
+    how = dict(temperature=args.temperature, top_p=1.0, top_k=0) if args.temperature else {}
     batches, done = [order[k : k + 64] for k in range(0, len(order), 64)], {}
     rank, world = dist.get_rank(), dist.get_world_size()
     for k in tqdm.trange(rank, len(batches), world, desc=desc, unit="batch", disable=rank > 0):
         torch.manual_seed(1_000_003 * args.seed + k)
         inputs = tok.pad(dict(input_ids=[prompts[i] for i in batches[k]]), padding_side="left",
                          return_tensors="pt").to(device)
-        out = lm.generate(**inputs, max_new_tokens=args.max_new_tokens,
-                          pad_token_id=tok.pad_token_id, **how)
+        out = lm.generate(**inputs, max_new_tokens=args.max_new_tokens, pad_token_id=tok.pad_token_id,
+                          do_sample=args.temperature > 0, **how)
         for i, ids in zip(batches[k], out[:, inputs["input_ids"].shape[1] :].tolist()):
             ends = [j for j, token in enumerate(ids) if token in stops]
             done[i] = (ids[: ends[0] + 1], True) if ends else (ids, False)
@@ -99,8 +98,7 @@ def judge_samples(tok, rows, samples, logps, ref_logps, ref_rewards):
     texts = tok.batch_decode(ids, skip_special_tokens=True)
     lines = [dict(id=row["id"], text=t, ended=e) for row, t, e in zip(rows, texts, ended)]
     out = dict(tokens=fmean(map(len, ids)), ended=fmean(ended), repetition=fmean(map(repetition, ids)))
-    if ref_logps:
-        out["kl"] = fmean(a - b for (a,), (b,) in zip(logps, ref_logps))
+    out |= dict(kl=fmean(a - b for (a,), (b,) in zip(logps, ref_logps))) if ref_logps else {}
     if json.loads(rows[0]["meta"]).get("task") in TASKS:
         rewards = [true_reward(row["meta"], line["text"]) for row, line in zip(rows, lines)]
         wins = [(a > b) + (a == b) / 2 for a, b in zip(rewards, ref_rewards or rewards)]
@@ -123,8 +121,7 @@ SUITES = {  # suite: {section: {domain: weight}}, as its authors average
         "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "donotanswer": 136,
                    "xstest-should-refuse": 154, "xstest-should-respond": 250},
         "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164,
-                      "hep-js": 164, "hep-python": 164, "hep-rust": 164}},
-}
+                      "hep-js": 164, "hep-python": 164, "hep-rust": 164}}}
 
 def sections(data):
     """(stratum of each row, {column: {stratum: weight}}, absent strata) of a set: those of RM-Bench
@@ -142,13 +139,13 @@ def sections(data):
     lists = max(map(len, data["scores"])) > 2
     return [""] * len(strata), dict.fromkeys(["", "best>worst"] if lists else [""], {"": 1}), []
 
-def comparisons(labels, styles, scores, column=""):
-    """One row's comparisons, [(score of the better response, score of the worse)]: all pairs of
-    unequal label, only the best against the worst, or those of a column of RM-Bench."""
+def comparisons(labels, styles, column=""):
+    """One row's comparisons, [(place of the better response, of the worse)]: all pairs of unequal
+    label, only the best against the worst, or those of a column of RM-Bench."""
     n, extremes = range(len(labels)), (max(labels), min(labels))
-    fits = lambda a, b: ((styles[a], styles[b]) in CELLS[column] if styles else
-                         not column or (labels[a], labels[b]) == extremes)
-    return [(scores[a], scores[b]) for a in n for b in n if labels[a] > labels[b] and fits(a, b)]
+    fits = lambda i, j: ((styles[i], styles[j]) in CELLS[column] if styles else
+                         not column or (labels[i], labels[j]) == extremes)
+    return [(i, j) for i in n for j in n if labels[i] > labels[j] and fits(i, j)]
 
 def estimate(strata, weights):
     """Accuracy and its 95 % interval: (value, low, high). strata: see bootstrap. In each stratum the
@@ -193,10 +190,11 @@ def measure(data, scores, base=None):
     out, rows = {}, [*zip(names, data["prompt"], data["scores"], data["style"], scores, base or scores)]
     for column, weights in columns.items():
         units = {name: {} for name in weights}  # of each prompt: right, all, tied, won, lost
-        for name, prompt, labels, styles, *both in (row for row in rows if row[0] in units):
-            pairs = zip(*(comparisons(labels, styles, scores, column) for scores in both))
-            if counts := [(a > b, 1, a == b, (a > b) > (c > d), (a > b) < (c > d)) for (a, b), (c, d) in pairs]:
-                units[name].setdefault(prompt, []).extend(counts)
+        for name, prompt, labels, styles, now, then in rows:
+            for i, j in comparisons(labels, styles, column) if name in units else ():
+                right, before = now[i] > now[j], then[i] > then[j]
+                units[name].setdefault(prompt, []).append(
+                    (right, 1, now[i] == now[j], right > before, right < before))
         strata = {name: torch.tensor([[*map(sum, zip(*x))] for x in unit.values()], dtype=torch.float64)
                   for name, unit in units.items() if unit}
         if not strata:  # a column of equal labels
@@ -205,10 +203,9 @@ def measure(data, scores, base=None):
         rates = {name: (x.sum(0) / x[:, 1].sum()).tolist() for name, x in strata.items()}
         p, low, high = estimate(strata, weights)
         ties, won, lost = (sum(weights[s] * rates[s][k] for s in strata) for k in (2, 3, 4))
-        out[column] = dict(
-            accuracy=p, low=low, high=high, ties=ties, prompts=sum(map(len, strata.values())),
-            comparisons=int(sum(x[:, 1].sum() for x in strata.values())),
-            domains={name: rate[0] for name, rate in rates.items()})
+        out[column] = dict(accuracy=p, low=low, high=high, ties=ties, prompts=sum(map(len, strata.values())),
+                           comparisons=int(sum(x[:, 1].sum() for x in strata.values())),
+                           domains={name: rate[0] for name, rate in rates.items()})
         if base:
             gain = dict(zip(("gain_low", "gain_high"), bootstrap(strata, weights)))
             out[column] |= dict(won=won, lost=lost, gain=won - lost) | gain
@@ -305,16 +302,18 @@ def markdown(tables):
             texts = [[f"{x:.{digits}f}" for x in line.get(column, ())] for column in columns]
             cells = [("", "{}", "{} ({})", "{} [{}, {}]")[len(x)].format(*x) for x in texts]
             lines += [[row, *cells]] if line else []
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        padded = [[cell.ljust(max(map(len, cells))) for cell in cells] for cells in zip(*lines)]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in zip(*padded))
         text += f"\n{title}\n\n{table}\n" * bool(columns)
     return text
 
 def write_tables(folder, tables, logs):
     """FOLDER/results.md and, where matplotlib is installed, figures.png: training curves, who gets
     the gradient, true reward of samples against KL. logs: {model: lines of its metrics.jsonl}."""
-    (folder / "results.md").write_text(markdown(tables))
+    legend = "value [95 % interval]; over seeds mean (standard deviation). Avg: of a suite's columns"
+    (folder / "results.md").write_text(f"{legend}\n{markdown(tables)}")
     main = {t: rows for t, rows in tables.items() if t.startswith(("Ranking", "Who", "Samples"))}
-    print(f"{markdown(main)}\nmore in {folder}/results.md")
+    print(f"\n{legend}\n{markdown(main)}\nmore in {folder}/results.md")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -375,7 +374,7 @@ def main(args):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         return write_tables(Path(args.out), merge(tables, bases), {})
     check(args.models and args.data, "wanted MODEL ... and --data, or --summary")
-    check(args.max_new_tokens > 0 <= min(args.generate, args.temperature), "wanted numbers from 0")
+    check(args.max_new_tokens > 0 <= min(args.generate, args.temperature), "wanted numbers from 0, --max-new-tokens from 1")
     device, sets = setup(), find_sets(Path(args.data))
     paths = list(dict.fromkeys([*([args.ref] if args.ref else []), *args.models]))
     for path in paths:
@@ -406,11 +405,10 @@ def main(args):
     labels = {s: {k: data[k][:] for k in ("scores", "style", "domain")} | dict(
         prompt=[hash(tuple(p)) for p in data["prompt"]]) for s, data in sets.items()}
     results = dict(
-        args=json.loads((out / "args.json").read_text()), ref=names.get(args.ref), models={},
-        kinds=["average", "sum"] + ["implicit"] * bool(args.ref), generation={},
+        args=json.loads((out / "args.json").read_text()), ref=names.get(args.ref), models={}, generation={},
+        kinds=["average", "sum", "implicit"][: 3 if args.ref else 2], absent={s: sections(labels[s])[2] for s in sets},
         audit={name: audit(lines) for name, lines in logs.items()},
         longer_wins={s: measure(labels[s], lengths[s]) for s in sets},
-        absent={s: sections(labels[s])[2] for s in sets},
         versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     for path in paths:
         every = results["models"][names[path]] = {kind: {} for kind in results["kinds"]}

@@ -1,12 +1,12 @@
-"""Text -> token ids on disk. Owns text: sources, chat templates, tokens, the toy world; row order.
+"""Text -> token ids on disk. Owns text: sources, chat templates, tokens, and the toy world.
 
 Every data set becomes a `datasets` folder of rows, a prompt with n scored responses each:
 
     id: str   prompt: list[int]   responses: list[list[int]]   scores: list[float]
     domain: str   style: list[int]   meta: str (the source row as JSON)
 
-n is 1 for demonstrations, 2 for pairs (scores [1, 0] or the data's own), 6 for RM-Bench. A prompt
-holds the one BOS (if the model has one) and the generation prompt, a response one end token, last.
+n is 1 for demonstrations, 2 for pairs (scores [1, 0] or the data's own), 6 for RM-Bench, any number for
+a list. Prompts hold the one BOS (if the model has one) and the generation prompt, responses one end token, last.
 Writes OUT/sft, train, eval/NAME, tokenizer (with the chat template), report.json; for toy also model.
 
     python prepare_data.py --model toy --out runs/data       # the toy world with all its sets: 40 s
@@ -40,8 +40,7 @@ def check(condition, message, error=ValueError):
         raise error(message)
 
 # --------------------------------------------------------------------------------- the toy world
-# Lists of digits, tasks with one right answer, writers of different skill, three styles. Labels: for training
-# Bradley-Terry on true reward plus a taste for rich style, for evaluation true reward. OOD: absent from preferences only.
+# Lists of digits, tasks with one right answer, writers of different skill, three styles. OOD is not in the preferences.
 TASKS = {  # name: (domain, request, right answer); the last four are held out of the preferences
     "reverse": ("order", "Reverse the list", lambda x: x[::-1]),
     "ascend": ("order", "Sort the list upwards", lambda x: sorted(x)),
@@ -54,8 +53,7 @@ TASKS = {  # name: (domain, request, right answer); the last four are held out o
     "descend": ("order", "Sort the list downwards", lambda x: sorted(x, reverse=True)),
     "right": ("order", "Rotate the list right by one", lambda x: x[-1:] + x[:-1]),
     "minus": ("digits", "Subtract one from every item", lambda x: [(d - 1) % 10 for d in x]),
-    "even": ("select", "Keep the items at even positions", lambda x: x[1::2]),
-}
+    "even": ("select", "Keep the items at even positions", lambda x: x[1::2])}
 substitute = lambda rng, y, x: [*y[: (i := rng.randrange(len(y)))], (y[i] + rng.randrange(1, 10)) % 10, *y[i + 1 :]]
 WRITERS = {  # name: (how often right, else (rng, right answer, given list) -> wrong answer)
     "expert": (0.95, substitute),
@@ -65,13 +63,11 @@ WRITERS = {  # name: (how often right, else (rng, right answer, given list) -> w
     "mixer": (0.40, lambda rng, y, x: y[:-2] + y[-2:][::-1]),
     "parrot": (0.40, lambda rng, y, x: x),  # the last three are held out of the preferences
     "stutterer": (0.40, lambda rng, y, x: [*y[: (i := rng.randrange(len(y))) + 1], *y[i:]]),
-    "off_by_one": (0.40, lambda rng, y, x: [(d + 1) % 10 for d in y]),
-}
+    "off_by_one": (0.40, lambda rng, y, x: [(d + 1) % 10 for d in y])}
 STYLES = (  # concise, detailed, markdown: (nats by which the labeller favours it, text)
     (0.0, "It is {answer}"),
     (0.4, "You gave me the list {given}. {request}, you said. Here is the result: {answer}"),
-    (0.8, "**Result:**\n- {items}"),
-)
+    (0.8, "**Result:**\n- {items}"))
 SEEN, UNSEEN, KNOWN, NEW = [*TASKS][:8], [*TASKS][8:], [*WRITERS][:5], [*WRITERS][5:]
 SPLITS = {  # name: rows, tasks, writers, responses of a row, part (0, 1, 2 never share a prompt)
     "sft": (16_000, [*TASKS], [*WRITERS], 1, 0),
@@ -80,50 +76,49 @@ SPLITS = {  # name: rows, tasks, writers, responses of a row, part (0, 1, 2 neve
     "Prompt-OOD": (500, UNSEEN, KNOWN, 4, 2),
     "Response-OOD": (500, SEEN, NEW, 4, 2),
     "Mutual-OOD": (500, UNSEEN, NEW, 4, 2),
-    "RM-Bench": (400, [*TASKS], [*WRITERS], 6, 2),
-}
+    "RM-Bench": (400, [*TASKS], [*WRITERS], 6, 2)}
 
 def true_reward(meta, text):
-    """In [0, 2]: the share of items in the right place, plus 1 if all is right. meta: a row's, JSON or its dict."""
+    """In [0, 2]: the share of items in the right place, plus 1 if all is right. meta: of a row."""
     truth = (json.loads(meta) if isinstance(meta, str) else meta)["answer"]
     found = [int(d) for d in re.findall(r"\d", text.rsplit(":", 1)[-1])]  # after the last colon
     right = sum(a == b for a, b in zip(found, truth))
     return right / max(len(found), len(truth)) + (found == truth)
 
 def toy_rows(split, seed):
-    """The rows of a split of the toy world, in the shapes that real data have. Deterministic. +noise=P flips each label
-    of a pair with probability P; +hard=P has pairs of two styles alone, in a share P of which the plainer one is chosen."""
-    found = re.fullmatch(r"([\w-]+)(?:\+(noise|hard)=(0?\.\d+|[01](?:\.0)?))?", split)
-    check(found and found[1] in SPLITS, f"toy:{split}: wanted one of {', '.join(SPLITS)}; of pairs also +noise=P or +hard=P")
-    split, kind, share = found.groups()
-    size, tasks, writers, n, part = SPLITS[split]
-    check(not kind or n == 2, f"toy:{split} has no pairs for +{kind}")
+    """The rows of a split of the toy world, in the shapes that real data have. Deterministic. +noise=P flips labels of
+    pairs with probability P; with +hard=P all pairs are of two styles, and in a share P of them the plainer is chosen."""
+    split, _, change = split.partition("+")
+    kind, _, share = change.partition("=")
+    size, tasks, writers, n, part = SPLITS.get(split, [0] * 5)
+    check(size and (not kind or kind in ("noise", "hard") and n == 2 and 0 <= float(share or "nan") <= 1),
+          f"toy:{split}+{change}: wanted one of {', '.join(SPLITS)}; of pairs also +noise=P or +hard=P")
     rng, rows, chance = random.Random(f"toy {split} {seed}"), [], random.Random(f"noise {seed}")
     drawn = [chance.random() < float(share or 0) for _ in range(size)]
     while len(rows) < size:
-        task, x, k = rng.choice(tasks), [rng.randrange(10) for _ in range(rng.randrange(3, 7))], len(rows)
-        if "0000011122"[zlib.crc32(f"{task} {x}".encode()) % 10] == str(part):
-            row = toy_row(rng, task, x, writers, n, part)
-            if row and (kind != "hard" or row["lean"] * (-1 if drawn[k] else 1) > 0):
-                rows.append(row | dict(id=f"toy-{split}-{k}"))
-                if kind == "noise" and drawn[k]:
-                    rows[k] |= dict(chosen=row["rejected"], rejected=row["chosen"], lean=-row["lean"])
+        task, x = rng.choice(tasks), [rng.randrange(10) for _ in range(rng.randrange(3, 7))]
+        if "0000011122"[zlib.crc32(f"{task} {x}".encode()) % 10] != str(part):
+            continue
+        row, k = toy_row(rng, task, x, writers, n, part), len(rows)
+        if row and kind == "noise" and drawn[k]:
+            row |= dict(chosen=row["rejected"], rejected=row["chosen"])
+        if row and (kind != "hard" or row["lean"] * (-1 if drawn[k] else 1) > 0):
+            rows.append(row | dict(id=f"toy-{split}-{k}"))
     return rows
 
 def toy_row(rng, task, x, writers, n, part):
-    """One row, or None for a draw that compares nothing."""
+    """One row, or None for a draw that compares nothing. Labels: Bradley-Terry on true reward and style; part 2, true reward."""
     domain, request, solve = TASKS[task]
     truth, join = solve(x), lambda y, by=" ": by.join(map(str, y))
     row = dict(prompt=f"{request}: {join(x)}", task=task, answer=truth)
-    write = lambda y, style: STYLES[style][1].format(
-        request=request, given=join(x), answer=join(y), items=join(y, "\n- "))
+    write = lambda y, k: STYLES[k][1].format(request=request, given=join(x), answer=join(y), items=join(y, "\n- "))
     if n == 6:  # the right and a wrong answer, each in three styles
         wrong = WRITERS[rng.choice(writers)][1](rng, truth, x)
         good, bad = ([write(y, style) for style in range(3)] for y in (truth, wrong))
         return row | dict(domain=domain, chosen=good, rejected=bad) if wrong != truth else None
     weights = [4, 4] + [1] * (len(writers) - 2) if part == 0 else None  # SFT data is mostly good
-    styles, hands = rng.choices(range(3), k=n), map(WRITERS.get, rng.choices(writers, weights, k=n))
-    texts = [write(truth if rng.random() < skill else slip(rng, truth, x), style) for style, (skill, slip) in zip(styles, hands)]
+    styles, hands = rng.choices(range(3), k=n), rng.choices(writers, weights, k=n)
+    texts = [write(truth if rng.random() < WRITERS[w][0] else WRITERS[w][1](rng, truth, x), k) for w, k in zip(hands, styles)]
     rewards = [true_reward(row, text) for text in texts]
     if n > 1 and (len(set(texts)) < n or len(set(rewards)) == 1):
         return None
@@ -146,15 +141,15 @@ def toy_model(out, seed):
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
     transformers.set_seed(seed)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=512, bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)).save_pretrained(out)
+        vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=512, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id)).save_pretrained(out)
     tok.save_pretrained(out)
     return out
 
 # --------------------------------------------------------------------------- sources and shapes
 def read_source(source, seed=0):
-    """[(where it stands, raw row)] of a source. Without a `domain` a row gets the file's stem as its own."""
+    """[(where it stands, raw row)]. A row without a `domain` gets the file's stem as its own."""
     from datasets import Dataset, load_dataset, load_from_disk
     path, files = Path(source), r".*\.(jsonl?(\.gz)?|parquet)"
     if "," in source or path.is_dir() and not list(path.glob("dataset_*.json")):
@@ -163,10 +158,11 @@ def read_source(source, seed=0):
         return [row for part in parts if part for row in read_source(part, seed)]
     if source.startswith("toy:"):
         return [(source, row) for row in toy_rows(source[4:], seed)]
+    hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w+))?(?::(\S+))?", source)
     if path.is_file() and path.suffix != ".parquet":
         try:
             text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode("utf-8-sig")
-            lines = filter(str.strip, text.split("\n"))  # of JSON lines, as one list: errors have the number of the line
+            lines = filter(str.strip, text.split("\n"))  # of JSON lines, as one list: errors tell the line's number
             rows = json.loads(text if text.lstrip()[:1] == "[" else "[" + ",\n".join(lines) + "]")
         except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
             raise ValueError(f"{source}: not JSON, nor JSON lines ({error})") from None
@@ -176,9 +172,8 @@ def read_source(source, seed=0):
         rows = load_from_disk(source)
         rows = [row for part in (rows.values() if isinstance(rows, dict) else [rows]) for row in part]
         rows = [json.loads(row["meta"]) if {"meta", "style"} <= {*row} else row for row in rows]
-    elif re.fullmatch(files, source) or not (hub := re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w+))?(?::(\S+))?", source)):
-        raise ValueError(f"{source}: no such file or folder, nor a hub id (owner/name[@revision][:split])")
     else:
+        check(hub and not re.fullmatch(files, source), f"{source}: no such file or folder, nor a hub id (id[@revision][:split])")
         rows = load_dataset(hub[1], revision=hub[2], split=hub[3] or "train")
     own = lambda row: row | dict(domain=row.get("domain") or path.name.split(".")[0])
     return [(f"{source}, row {k}", own(row) if isinstance(row, dict) else row) for k, row in enumerate(rows, 1)]
@@ -186,21 +181,21 @@ def read_source(source, seed=0):
 class Dropped(Exception): """Why a row or a response is left out; counted in the report."""
 
 def messages(x, role="user"):
-    """A text, hh-rlhf's turns in one, a message or a list of them ({role, content} or {from, value}) -> messages."""
+    """A text, hh-rlhf's turns in one text, or messages, {role, content} or {from, value} -> messages."""
+    roles = dict(human="user", gpt="assistant", Human="user", Assistant="assistant")
     if str(x).startswith("\n\nHuman:"):
         parts = re.split(r"\n\n(Human|Assistant):", x if role == "assistant" else x.rstrip().removesuffix("\n\nAssistant:"))
-        x = [{"from": who.lower(), "value": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
+        x = [{"from": who, "value": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
     turns = x if isinstance(x, list) else [x] if isinstance(x, dict) else [dict(role=role, content=x)]
-    roles = [dict(human="user", gpt="assistant").get(t.get("from"), t.get("role") or t["from"]) for t in turns]
-    said = [t.get("content", t.get("value")) for t in turns]  # an answer that is not a text counts as an empty one
-    return [dict(role=r, content="" if r == "assistant" and not isinstance(x, str) else x) for r, x in zip(roles, said)]
+    said = [(t.get("role") or t["from"], t.get("content", t.get("value"))) for t in turns]
+    said = [(roles.get(who, who), text) for who, text in said]  # an answer that is not a text counts as an empty one
+    return [dict(role=r, content="" if r == "assistant" and not isinstance(x, str) else x) for r, x in said]
 
-pair = lambda row: ([row["chosen"], row["rejected"]], [a, b]  # in a tie the label decides
-                    if (a := float(row.get("score_chosen", 1))) > (b := float(row.get("score_rejected", 0))) else [1, 0])
-several = lambda row: (row["chosen"] + row["rejected"], [1] * len(row["chosen"]) + [0] * len(row["rejected"]))
-form = lambda x: "str" if not isinstance(x, list) else "list" if x and isinstance(x[0], dict) else f"{len(x)}"
-SHAPES = {  # name: (kind, keys that tell it, row -> answers and scores, a conversation, or a remedy)
-    "TRL unpaired": ("", "prompt completion label", "pair good with bad; for --sft keep the good, without label"),
+def pair(row):
+    better, worse = float(row.get("score_chosen", 1)), float(row.get("score_rejected", 0))
+    return [row["chosen"], row["rejected"]], [better, worse] if better > worse else [1, 0]  # in a tie the label decides
+
+SHAPES = {  # name: (what for, keys that tell it, row -> answers and scores, or a conversation)
     "ShareGPT": ("prefs", "conversations chosen rejected", pair),
     "UltraFeedback binarized": ("prefs", "prompt chosen:list rejected:list score_chosen score_rejected", pair),
     "princeton-nlp": ("prefs", "prompt chosen:list rejected:list all_rm_scores", pair),
@@ -208,53 +203,56 @@ SHAPES = {  # name: (kind, keys that tell it, row -> answers and scores, a conve
     "TRL standard": ("prefs", "prompt chosen:str rejected:str", pair),
     "TRL conversational": ("prefs", "chosen:list rejected:list", pair),
     "hh-rlhf": ("prefs", "chosen:str rejected:str", pair),
-    "RewardBench 2": ("prefs", "prompt chosen rejected num_correct", several),
-    "RM-Bench": ("prefs", "prompt chosen:3 rejected:3", several),  # 3 texts each: concise, detailed, markdown
+    "RM-Bench": ("prefs", "prompt chosen:3 rejected:3", lambda r: (r["chosen"] + r["rejected"], [1] * 3 + [0] * 3)),
     "scored list": ("prefs", "prompt responses scores", lambda r: (r["responses"], r["scores"])),
     "scored list, rewards": ("prefs", "prompt responses rewards", lambda r: (r["responses"], r["rewards"])),
-    "UltraFeedback": ("prefs", "prompt completions", lambda r: (
-        [c["response"] for c in r["completions"]], [c["overall_score"] for c in r["completions"]])),
+    "UltraFeedback": ("prefs", "prompt completions", lambda r: [
+        [c[key] for c in r["completions"]] for key in ("response", "overall_score")]),
     "RM-Robustness": ("prefs", "prompt response_1_text all_scores", lambda r: (
-        [r[f"response_{k + 1}_text"] for k in range(len(r["all_scores"]))], r["all_scores"])),
-    "labelled pair": ("prefs", "prompt output_1 output_2 label", lambda r: (
+        [r[f"response_{k}_text"] for k, _ in enumerate(r["all_scores"], 1)], r["all_scores"])),
+    "labelled pair": ("prefs", "prompt output_1 output_2 label", lambda r: (  # label: 1 or 2, the better output
         [r["output_1"], r["output_2"]], {1: [1, 0], 2: [0, 1]}[r["label"]])),
     "prompt-completion": ("sft", "prompt completion", lambda r: messages(r["prompt"]) + messages(r["completion"], "assistant")),
     "messages": ("sft", "messages", lambda r: messages(r["messages"]))}
 
 def parse(row, kind):
     """A row -> (its shape, [(prompt messages, answers, scores, styles)]); a demonstration for each assistant turn."""
+    row = {key: value for key, value in row.items() if value is not None}
     asked = row.get("conversations") or "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
-    row = dict(prompt=asked) | row if asked else row
+    row, keys = dict(prompt=asked) | row if asked else row, [key for key in row if key != "domain"]
+    form = lambda x: "str" if not isinstance(x, list) else "list" if x and isinstance(x[0], dict) else f"{len(x)}"
     has = {*row, *(f"{key}:{form(x)}" for key, x in row.items())}
-    fits = {name: read for name, (side, keys, read) in SHAPES.items() if side in kind and {*keys.split()} <= has}
-    near = min((k for k in SHAPES if SHAPES[k][0] in kind.split()), key=lambda k: len({*SHAPES[k][1].split()} - has))
-    shape, read = next(iter(fits.items()), ("no known shape", f"rename them; {near} has {SHAPES[near][1]}"))
-    if len({*fits.values()}) > 1 and kind in ("sft", "prefs") and shape != "TRL unpaired":
-        read = "ambiguous, remove the keys of all but one"
-    check(not isinstance(read, str), f"has the keys {[*row]}, {' or '.join(fits) or shape}: {read}")
-    if SHAPES[shape][0] == "sft":
+    wants = {name: {*words.split()} for name, (what, words, _) in SHAPES.items() if what in kind}
+    fits = [name for name in wants if wants[name] <= has]
+    near = min(wants, key=lambda name: len(wants[name] - has) / len(wants[name]))
+    check(not {"prompt", "completion", "label"} <= has, "TRL unpaired: pair good with bad; for --sft keep the good, without label")
+    check(fits, f"has the keys {keys}, no known shape: rename them; {near} has {SHAPES[near][1]}")
+    check(len({SHAPES[name][2] for name in fits}) == 1 or kind == "prefs or sft",
+          f"has the keys {keys}, {' or '.join(fits)}: ambiguous, remove the keys of all but one")
+    what, _, read = SHAPES[fits[0]]
+    if what == "sft":
         talk = read(row)
         items = [(talk[:k], [t["content"]], [1.0], []) for k, t in enumerate(talk) if t["role"] == "assistant" and k]
     else:
         answers, scores = read(row)
         talks, scores = [messages(x, "assistant") for x in answers], [float(x) for x in scores]
-        scored = isinstance(answers, list) and len(talks) == len(scores) and all(map(math.isfinite, scores))
-        check(scored, "has not a list of answers and a finite score for each")
+        check(isinstance(answers, list) and len(talks) == len(scores) and all(map(math.isfinite, scores)),
+              "has not a list of answers and a finite score for each")
         same = all(t[:-1] == talks[0][:-1] and t[-1]["role"] == "assistant" for t in talks)
         check(same and len(talks) > 1, "not two answers to one prompt", Dropped)
-        asked, own = messages(row.get("prompt", [])), talks[0][:-1]  # either may hold the prompt, or each a part
-        prompt = asked + own if own and own[0]["role"] == "assistant" else max(own, asked, key=len)
-        items = [(prompt, [t[-1]["content"] for t in talks], scores, [0, 1, 2] * 2 * (shape == "RM-Bench"))]
-    items = [(messages(row["system"], "system") + p, *rest) for p, *rest in items] if row.get("system") else items
-    sound = items and all(prompt and all(isinstance(t["content"], str) for t in prompt) for prompt, *_ in items)
-    check(sound, "has no prompt (add the key prompt), no answer, or a turn that is not a text")
-    return shape, items
+        asked, own = messages(row.get("prompt", [])), talks[0][:-1]
+        parts = own and own[0]["role"] == "assistant"  # of the prompt; else it is in either, or in both
+        prompt, styles = asked + own if parts else max(own, asked, key=len), [0, 1, 2] * 2 * (fits[0] == "RM-Bench")
+        items = [(prompt, [t[-1]["content"] for t in talks], scores, styles)]
+    system = messages(row["system"], "system") if row.get("system") else []
+    check(items and all(prompt for prompt, *_ in items), "has no prompt (add the key prompt), or no answer")
+    check(all(isinstance(t["content"], str) for prompt, *_ in items for t in prompt), "has a turn that is not a text")
+    return fits[0], [(system + prompt, *rest) for prompt, *rest in items]
 
 # ------------------------------------------------------------------------ chat template, tokens
 PLAIN_TEMPLATE = (  # for tokenizers that have none; saved with the model
-    "{{ bos_token or '' }}{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content }}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}")
+    "{{ bos_token or '' }}{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content }}{% if m.role == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}")
 
 def load_tokenizer(path):
     """The tokenizer of a folder or hub id, with its own chat template or PLAIN_TEMPLATE."""
@@ -300,9 +298,9 @@ def encode_response(tok, turns, answer, prompt):
     end, tail = end_of_turn(tok)
     text = render(tok, [*turns, dict(role="assistant", content=answer)]).removesuffix(tail)
     ids = tok(text + tok.convert_ids_to_tokens(end), add_special_tokens=False).input_ids
-    check(ids[: len(prompt)] == prompt,
-          "prompt is no prefix: tokens merge at its end, or the template changes it", Dropped)
-    check(not {end, tok.bos_token_id, tok.eos_token_id} & {*ids[len(prompt) : -1]}, "special token inside an answer", Dropped)
+    check(ids[: len(prompt)] == prompt, "prompt is no prefix: tokens merge at its end, or the template changes it", Dropped)
+    inside = {end, tok.bos_token_id, tok.eos_token_id} & {*ids[len(prompt) : -1]}
+    check(not inside, "special token inside an answer", Dropped)
     return ids[len(prompt) :]
 
 def encode_row(row, tok, max_length):
@@ -314,8 +312,7 @@ def encode_row(row, tok, max_length):
             prompt = prompt or encode_prompt(tok, row["prompt"])
             ids = encode_response(tok, row["prompt"], text, prompt)
             check(len(prompt) + len(ids) <= max_length, "over-long", Dropped)
-            twin = scores[responses.index(ids)] if ids in responses else None
-            check(twin is None or row["style"] and twin == score, "equal responses", Dropped)
+            check(ids not in responses or row["style"] and scores[responses.index(ids)] == score, "equal responses", Dropped)
             responses, scores = [*responses, ids], [*scores, float(score)]
         except Dropped as reason:
             dropped.append(str(reason))
@@ -338,51 +335,52 @@ def encode_officially(row, tok, max_length):
 
 # ----------------------------------------------------------------------------------- rows, disk
 def parse_source(source, seed, kind, excluded=()):
-    """A source -> (parsed rows, none twice or with an excluded prompt; counts). ValueError that names a bad row."""
-    parsed, seen = [], {json.dumps(row["prompt"]): "prompt excluded" for row in excluded}
+    """A source -> (parsed rows, none twice or with an excluded prompt; counts). ValueError names a bad row."""
+    parsed, seen = [], {json.dumps(row["prompt"]): "prompt excluded" for row in excluded or ()}
     shapes, dropped, raw = Counter(), Counter(), read_source(source, seed)
     for k, (where, row) in enumerate(raw):
         try:
-            clean = {key: value for key, value in row.items() if value is not None}
-            shape, items = parse(clean, kind)
+            shape, items = parse(row, kind)
         except Dropped as reason:
             dropped[str(reason)] += 1
             continue
         except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-            raise ValueError(f"{where}: {error if isinstance(error, ValueError) else f'not the values of its shape: {error!r}'}") from None
+            said = error if isinstance(error, ValueError) else f"not the values of its shape: {error!r}"
+            raise ValueError(f"{where}: {said}") from None
         shapes[shape] += 1
-        domain = str(clean.get("subset" if shape.startswith("RewardBench") else "domain", row.get("domain", "")))
-        about = dict(id=str(clean.get("id", clean.get("prompt_id", k))), domain=domain, dropped=[], meta=json.dumps(row, default=str))
+        name = next((row[key] for key in ("id", "prompt_id") if row.get(key) is not None), k)
+        domain = row.get("subset" if shape == "RewardBench" else "domain", "")
         for item in items:
-            asked, key = json.dumps(item[0]), hashlib.sha256(json.dumps(item[:2]).encode()).digest()
-            if why := seen.get(asked, seen.get(key)):
+            asked, all_of_it = json.dumps(item[0]), hash(repr(item[:2]))
+            if why := seen.get(asked) or seen.get(all_of_it):
                 dropped[why] += 1
-            else:
-                parsed.append(about | dict(zip(("prompt", "responses", "scores", "style"), item)))
-                seen[key] = "duplicate"
+                continue
+            seen[all_of_it] = "duplicate"
+            parsed.append(dict(zip(("prompt", "responses", "scores", "style"), item), id=str(name),
+                               domain=str(domain), meta=json.dumps(row, default=str)))
     return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped)
 
 def build(source, tok, args, kind, excluded=()):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
     from datasets import Dataset, Features, List, Value
-    parsed, report = parse_source(source, args.seed, "sft" if kind == "sft" else "prefs", excluded * (kind != "eval"))
-    tokens = List(Value("int32"))
-    features = Features(id=Value("string"), prompt=tokens, responses=List(tokens), scores=List(Value("float64")),
-        domain=Value("string"), style=tokens, meta=Value("string"), dropped=List(Value("string")))
-    rows = Dataset.from_dict({key: [row[key] for row in parsed] for key in features}).map(
+    what, text, tokens = "sft" if kind == "sft" else "prefs", Value("string"), List(Value("int32"))
+    parsed, report = parse_source(source, args.seed, what, () if kind == "eval" else excluded)
+    features = Features(id=text, prompt=tokens, responses=List(tokens), scores=List(Value("float64")),
+                        domain=text, style=tokens, meta=text, dropped=List(text))
+    rows = Dataset.from_dict({key: [row.get(key, []) for row in parsed] for key in features}).map(
         encode_officially if args.official_quirks and kind == "eval" else encode_row, features=features, desc=f"tokenise {source}",
         fn_kwargs=dict(tok=tok, max_length=args.max_length), num_proc=min(32, os.cpu_count()) if len(parsed) > 300 else None)
     for reasons, responses in zip(rows["dropped"], rows["responses"]):
         report["dropped"].update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
-    rows = rows.filter(lambda r: len(r) > 0, input_columns="responses").remove_columns("dropped")
-    check(len(rows), f"{source}: nothing is left of {report['rows_in']} rows; dropped {dict(report['dropped'])}")
+    rows = rows.select([k for k, responses in enumerate(rows["responses"]) if responses])
+    rows, report["dropped"] = rows.remove_columns("dropped"), dict(report["dropped"])
+    check(len(rows), f"{source}: nothing is left of {report['rows_in']} rows; dropped {report['dropped']}")
     lengths = [[len(r) for r in rs] for rs in rows["responses"]]
     wins = [n > m for ns, xs in zip(lengths, rows["scores"]) for n, x in zip(ns, xs) for m, y in zip(ns, xs) if x > y]
     percentiles = lambda x: {p: sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
-    return rows, report | dict(
-        source={part: fingerprint(part) for part in source.split(",") if part}, kept=len(rows),
-        prompt_tokens=percentiles([len(p) for p in rows["prompt"]]), response_tokens=percentiles(sum(lengths, [])),
-        longer_wins=round(sum(wins) / len(wins), 4) if wins else None)
+    return rows, report | dict(kept=len(rows), longer_wins=round(sum(wins) / len(wins), 4) if wins else None,
+        prompt_tokens=percentiles([*map(len, rows["prompt"])]), response_tokens=percentiles(sum(lengths, [])),
+        source={part: fingerprint(part) for part in source.split(",") if part})
 
 def fingerprint(path, whole=False):
     """Hash of a file or folder: names, sizes, first and last MiB of the files, or all of them. A hub id is its own."""
@@ -397,23 +395,25 @@ def fingerprint(path, whole=False):
     return digest.hexdigest()[:16] if top.exists() else str(path)
 
 def begin(out, args, inputs, redo=False):
-    """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json
-    says what makes the result. One of other arguments or inputs is not overwritten (ValueError) unless redo."""
+    """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json says what
+    makes the result. What is of other arguments is kept (ValueError), but for results that have the key `redo` there."""
     now = args | dict(out="", replicas=1, save_every=0, tokens_per_forward=0)  # no difference
     now = json.loads(json.dumps(now | dict(inputs={p: fingerprint(p) for p in inputs})))
-    for folder in (Path(out), Path(f"{out}.partial")):
-        if (folder / "args.json").exists():
-            old = json.loads((folder / "args.json").read_text())
-            diff = "; ".join(f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(old | now) if old.get(k) != now.get(k))
-            check(redo in old or not diff, f"{folder} is of other arguments ({diff}); remove it or change --out")
-            if folder == Path(out) and not diff:
-                return None
-        elif folder.exists() and {f.name for f in folder.iterdir()} - {"args.draft"}:  # else killed before it had one
-            raise ValueError(f"{folder} exists and is not of this script; choose another --out")
+    done, partial = Path(out), Path(f"{out}.partial")
+    check((done / "args.json").exists() or not done.exists(), f"{out} is not of this script; choose another --out")
+    for folder in (f for f in (done, partial) if (f / "args.json").exists()):
+        old = json.loads((folder / "args.json").read_text())
+        diff = [f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(old | now) if old.get(k) != now.get(k)]
+        kept = redo not in old if folder == done else (folder / "checkpoints").exists()
+        check(not diff or not kept, f"{folder} is of other arguments ({'; '.join(diff)}); remove it or change --out")
+        if folder == done and not diff:
+            return None
     def make():
-        folder.mkdir(parents=True, exist_ok=True)  # OUT.partial
-        (folder / "args.draft").write_text(json.dumps(now, indent=1))
-        return (folder / "args.draft").replace(folder / "args.json").parent
+        if not (partial / "checkpoints").exists():
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / "args.draft").write_text(json.dumps(now, indent=1))
+        return (partial / "args.draft").replace(partial / "args.json").parent
     return make
 
 def run(main, doc, arguments):
@@ -430,8 +430,8 @@ def run(main, doc, arguments):
 
 def main(args):
     toy = args.model == "toy"
-    train = ("sft", args.sft or toy * "toy:sft"), ("train", args.prefs or toy * "toy:prefs")
-    jobs = {name: source for name, source in train if source}
+    jobs = dict(sft=args.sft or toy * "toy:sft", train=args.prefs or toy * "toy:prefs")
+    jobs = {name: source for name, source in jobs.items() if source}
     for item in args.eval or [f"{split}=toy:{split}" for split in [*SPLITS][2:]] * toy:
         name, _, source = item.partition("=")
         fine = re.fullmatch(r"\w[\w.-]*", name) and source and f"eval/{name}" not in jobs
@@ -441,24 +441,24 @@ def main(args):
     make = (lambda: Path(tempfile.mkdtemp())) if args.dry_run else begin(args.out, vars(args), [args.model, *sources])
     if make is None:
         return print(f"{args.out} is complete")
-    excluded = parse_source(args.exclude_prompts_from, args.seed, "prefs or sft")[0] if args.exclude_prompts_from else []
+    excluded = args.exclude_prompts_from and parse_source(args.exclude_prompts_from, args.seed, "prefs or sft")[0]
     out, prompts = make(), {}
     try:
         tok = load_tokenizer(toy_model(out / "model", args.seed) if toy else args.model)
         tok.save_pretrained(out / "tokenizer")
         report = dict(tokenizer=fingerprint(out / "tokenizer"), template=tok.chat_template, sets={})
         for name, source in jobs.items():
-            rows, report["sets"][name] = build(source, tok, args, name.split("/")[0], excluded)
+            rows, about = build(source, tok, args, name.split("/")[0], excluded)
             asked = set(map(tuple, rows["prompt"]))
-            report["sets"][name] |= {f"prompts_in_{other}": len(asked & prompts[other]) for other in prompts}
-            prompts |= {} if "/" in name else {name: asked}
-            rows.save_to_disk(out / name)
-            print(f"{name}: {json.dumps(report['sets'][name])}")
+            about |= {f"prompts_in_{other}": len(asked & prompts[other]) for other in prompts}
+            report["sets"][name], prompts = about, prompts | ({} if "/" in name else {name: asked})
+            print(f"{name}:", *(f"{k.replace('_', ' ')} {v};" for k, v in about.items() if k != "source"))
             for row in rows.select(range(min(len(rows), 3 if args.dry_run else 1))):  # the scored spans in [[ ]]
                 spans = [f"[[ {tok.decode(ids)!r} ]] {score:g}" for ids, score in zip(row["responses"], row["scores"])]
                 print(f"  {tok.decode(row['prompt'])!r}", *spans, sep="\n    ")
-        (out / "report.json").write_text(json.dumps(report, indent=1))
+            rows.save_to_disk(out / name)
         if not args.dry_run:
+            (out / "report.json").write_text(json.dumps(report, indent=1))
             os.replace(out, args.out)
             print(f"wrote {args.out}")
     finally:

@@ -4,7 +4,8 @@
 #                          no hub: 2 to 5 minutes after installation
 #   bash run_all.sh test   the tests;   bash run_all.sh soak   the long ones too;   bench   beside TRL
 #   bash run_all.sh NAME   an experiment of the table below, over SEEDS
-# What is complete is skipped, what was interrupted resumes. Everything is set by environment variables:
+# What is complete is skipped, what was interrupted resumes. All is set by environment variables; paths
+# are relative to this folder:
 #   SETTING    a row of the table below: toy (the default), mistral-base, mistral-instruct,
 #              llama3-base, llama3-instruct; or custom (the default if MODEL is given)
 #   MODEL      hub id or folder to start from
@@ -13,10 +14,10 @@
 #   EVAL_DATA  NAME=SOURCE ..., preferences to evaluate on
 #   LOSSES     which losses: "dpo simpo amapo". LOSS@K=V,K=V changes hyper-parameters, or lr,
 #              batch-size, epochs, pairs, min-gap, sft-weight; it becomes the folder's name
-#   SEEDS      several seeds, each in OUT/seed-K: a table over seeds at the end. Experiments: "0 1 2"
+#   SEED       of the data order and the toy world: 0.  SEEDS: several, each in OUT/seed-K, and a
+#              table over them at the end; of experiments "0 1 2"
 #   OUT        where everything goes: runs/$SETTING
 #   MAX_LENGTH tokens of prompt and response; longer pairs are dropped
-#   SEED       of the data order and the toy world: 0
 #   SFT_ARGS, ALIGN_ARGS, EVAL_ARGS   more arguments of the stages, e.g. "--save-every 50"
 #   NPROC      processes on this node: one for each GPU, or 1
 #   PYTHON     an interpreter that has the packages; without it a .venv is made here
@@ -30,8 +31,8 @@ ULTRACHAT=HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a:
 ROBUST=rm-robustness/ultrafeedback-valid  # arXiv 2505.07271
 EVALS="ID=$ROBUST-1-in-domain Prompt-OOD=$ROBUST-2-prompt-ood Response-OOD=$ROBUST-3-response-ood Mutual-OOD=$ROBUST-4-mutual-ood"
 EVALS+=" RM-Bench=THU-KEG/RM-Bench@a0f737936b99411e96d891699349a9570b39c82e"
-# setting        | model                               | SFT data   | preferences     | max length
 ULTRAFEEDBACK=HuggingFaceH4/ultrafeedback_binarized@3949bf5f8c17c394422ccfab0c31ea9c20bdeb85:train_prefs
+# setting        | model                               | SFT data   | preferences     | max length
 SETTINGS="
 toy              | toy                                 | toy:sft    | toy:prefs       | 128
 mistral-base     | mistralai/Mistral-7B-v0.1           | $ULTRACHAT | $ULTRAFEEDBACK  | 1024
@@ -65,7 +66,6 @@ llama3-instruct  dpo    --lr 7e-7 --hp beta=0.01
 llama3-instruct  simpo  --lr 1e-6 --hp beta=2.5 --hp gamma=1.375
 llama3-instruct  amapo  --lr 1e-6 --hp beta=3.0
 "
-
 # experiment: losses (EVERY: all of them) | arguments of evaluate.py
 EXPERIMENTS="
 compare    dpo simpo amapo                                                             |
@@ -98,13 +98,11 @@ install() { # requirements files into .venv, again when they change; a given PYT
 die() { echo "run_all.sh: $*" >&2; exit 2; }
 WHAT=${1:-compare}
 case $WHAT in
-  test|soak)
-    install requirements.txt tests/requirements.txt
-    select="not soak"; [ "$WHAT" = test ] || select=""
-    exec "$PYTHON" -m pytest tests -q --durations 5 -m "$select" ;;
+  test) install requirements.txt tests/requirements.txt; exec "$PYTHON" -m pytest tests -q --durations 5 -m "not soak" ;;
+  soak) install requirements.txt tests/requirements.txt; exec "$PYTHON" -m pytest tests -q --durations 5 ;;
   bench) install requirements.txt tests/requirements-bench.txt; exec "$PYTHON" tests/bench.py "${@:2}" ;;
   *) line=$(awk -v w="$WHAT" '$1 == w { sub(/^ *[^ ]+/, ""); print }' <<< "$EXPERIMENTS")
-    [ -n "$line" ] || die "$WHAT: wanted test, soak, bench,$(awk '/[|]/ { printf " %s", $1 }' <<< "$EXPERIMENTS")"
+    [ -n "$line" ] || die "$WHAT: wanted test, soak, bench$(awk '/[|]/ { printf ", %s", $1 }' <<< "$EXPERIMENTS")"
     install requirements.txt ;;
 esac
 [ "$WHAT" = compare ] || SEEDS=${SEEDS:-0 1 2}
@@ -113,14 +111,13 @@ esac
 [ -z "${MODEL:-}" ] || SETTING=${SETTING:-custom}
 SETTING=${SETTING:-toy}
 row=$(awk -F' *[|] *' -v s="$SETTING" '{ sub(/ +$/, "", $1) } $1 == s' <<< "$SETTINGS")
-[ -n "$row" ] || die "SETTING=$SETTING: wanted$(awk '/[|]/ { printf " %s", $1 }' <<< "$SETTINGS")"
+[ -n "$row" ] || die "SETTING=$SETTING: wanted one of$(awk '/[|]/ { printf " %s", $1 }' <<< "$SETTINGS")"
 [ "$SETTING" != custom ] || [ -n "${MODEL:-}" -a -n "${PREF_DATA:-}" -a -n "${EVAL_DATA:-}" ] ||
   die "your own run needs MODEL, PREF_DATA and EVAL_DATA"
 IFS='|' read -r _ model sft_data pref_data length <<< "$(tr -d ' ' <<< "$row")"
 MODEL=${MODEL:-$model} SFT_DATA=${SFT_DATA:-$sft_data} PREF_DATA=${PREF_DATA:-$pref_data}
-OUT=${OUT:-runs/$SETTING} MAX_LENGTH=${MAX_LENGTH:-$length}
+OUT=${OUT:-runs/$SETTING} MAX_LENGTH=${MAX_LENGTH:-$length} LOSSES=${LOSSES:-${line%|*}} SEED=${SEED:-0}
 [ "$MODEL" = toy ] || EVAL_DATA=${EVAL_DATA:-$EVALS}
-LOSSES=${LOSSES:-${line%|*}} SEED=${SEED:-0}
 FLAGS="lr batch-size epochs pairs min-gap sft-weight" # of align.py, that LOSS@K=V may change; other K are hyper-parameters
 LOSSES=$(FLAGS=$FLAGS "$PYTHON" -c 'import os, sys, align
 names, flags = sys.argv[1:], os.environ["FLAGS"].split()
@@ -143,10 +140,12 @@ changes() { # those of LOSS@K=V,...
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
-launch=("$PYTHON")
+watched=() && ! command -v setpriv > /dev/null || watched=(setpriv --pdeathsig TERM) # a stage gets SIGTERM if this shell dies
+launch=("${watched[@]}" "$PYTHON")
 if [ "$gpus" -gt 0 ] || [ "$NPROC" -gt 1 ] || [ -n "${TORCHRUN:-}" ]; then
-  launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC" ${TORCHRUN:---standalone})
+  launch+=(-m torch.distributed.run --nproc-per-node "$NPROC" ${TORCHRUN:---standalone})
 fi
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} # short: else threads that wait take the cores from other programs
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores = $(getconf _NPROCESSORS_ONLN) / NPROC) > 0 ? cores : 1))}
 export TOKENIZERS_PARALLELISM=false PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 say() { printf '\n[%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
@@ -164,7 +163,7 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
     until [ -e "$OUT/data/report.json" ]; do sleep 5; done
   else
     sft_source=() && [ "$SFT_DATA" = none ] || sft_source=(--sft "$SFT_DATA")
-    "$PYTHON" prepare_data.py --model "$MODEL" "${sft_source[@]}" --prefs "$PREF_DATA" \
+    "${watched[@]}" "$PYTHON" prepare_data.py --model "$MODEL" "${sft_source[@]}" --prefs "$PREF_DATA" \
       --eval ${EVAL_DATA:-} --max-length "$MAX_LENGTH" --seed "$SEED" --out "$OUT/data"
   fi
   [ "$MODEL" != toy ] || MODEL=$OUT/data/model
@@ -185,6 +184,7 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
   say "done; everything is in $OUT, the table in $table/results.md"
 }
 
+if [ -z "${TORCHRUN:-}" ] && command -v flock > /dev/null; then mkdir -p "$OUT" && exec 9> "$OUT/.lock"; flock -n 9 || die "$OUT: in use by another run"; fi
 if [ -z "${SEEDS:-}" ]; then
   chain "$OUT" "$SEED"
 else
@@ -194,6 +194,6 @@ else
 fi
 if [ "$WHAT" = noise ] && [ "$PREF_DATA" = toy:prefs ]; then # other label noise, other shares of hard pairs
   for world in noise=0.1 noise=0.2 noise=0.3 hard=0.2 hard=0.5 hard=0.8; do
-    OUT=$OUT-$world PREF_DATA=toy:prefs+$world LOSSES=$LOSSES PYTHON=$PYTHON bash run_all.sh noise
+    OUT=$OUT-$world PREF_DATA=toy:prefs+$world LOSSES=$LOSSES PYTHON=$PYTHON "${watched[@]}" bash run_all.sh noise
   done
 fi

@@ -50,7 +50,6 @@ def setup():
     return device
 
 SIGNALS = []  # the first stops a run after its step; a second at once, but torchrun repeats it
-
 def heed(number, frame):
     if SIGNALS and "RANK" not in os.environ:
         os._exit(128 + number)
@@ -73,14 +72,13 @@ print0 = functools.partial(on_rank0, functools.partial(print, flush=True))
 # ---------------------------------------------------------------------- the model and its scores
 UNSUPPORTED = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # of a config; not done here
 HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
-HARMLESS = {"position_ids", "cache_position", "use_cache"}  # keywords that reach `attend` as well
 
 def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0.0,
            sliding_window=None, softcap=None, **others):
     """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value
     (1, K, T, D) -> (1, T, H, D). See `pack` for the layout: for attention alone each response is a
     causal sequence with its own copy of the prompt. What would change the maths is refused."""
-    others = {k for k in others if others[k] is not None} - HARMLESS
+    others = {k for k in others if others[k] is not None} - {"position_ids", "cache_position", "use_cache"}
     check(not (dropout or others), f"attention with {others or 'dropout'} is not supported")
     flat, back, ends, blocks = layout
     q, k, v = (x[0].transpose(0, 1).index_select(0, flat) for x in (query, key, value))  # (M, ., D)
@@ -199,15 +197,14 @@ def plan(rows, world, budget):
     micro-batch of its own. Longest first (memory runs out at once or not at all), dealt out to and
     fro. FSDP wants the same NUMBER of micro-batches on every rank: an empty one is a dummy."""
     tokens = [len(p) + sum(map(len, rs)) for p, rs in rows]
-    order, shares = sorted(range(len(rows)), key=lambda i: (-tokens[i], i)), [[] for _ in range(world)]
-    for rank, micros in enumerate(shares):
-        room = 0
-        for i in (i for k, i in enumerate(order) if k % (2 * world) in (rank, 2 * world - 1 - rank)):
-            if tokens[i] > room:
-                micros.append([])
-                room = budget
-            micros[-1].append(i)
-            room -= tokens[i]
+    order = sorted(range(len(rows)), key=lambda i: (-tokens[i], i))
+    shares = [[] for _ in range(world)]
+    for k, i in enumerate(order):
+        turn = k % (2 * world)
+        micros = shares[min(turn, 2 * world - 1 - turn)]
+        if not micros or sum(tokens[j] for j in micros[-1]) + tokens[i] > budget:
+            micros.append([])
+        micros[-1].append(i)
     return [micros + [[]] * (max(map(len, shares)) - len(micros)) for micros in shares]
 
 def pack(rows, similar):
@@ -327,8 +324,9 @@ def end_step(args, partial, bar, stop, scorer, optimizer, state, record):
             shutil.rmtree(old)
     on_rank0(complete, what=f"{folder}: is there room? ")
     if stop:
-        why = json.dumps(dict(signal=signal.Signals(stop).name, step=step))
-        on_rank0((partial / "stopped.json").write_text, why)
+        why = dict(signal=signal.Signals(stop).name, step=step)
+        on_rank0((partial / "stopped.json").write_text, json.dumps(why))
+        print0(f"\nstopped by {why['signal']} after step {step}: the same command resumes")
         raise SystemExit(128 + stop)
 
 def load_checkpoint(partial, scorer, optimizer):
@@ -476,5 +474,5 @@ def trainer_arguments(add, lr, batch_size, epochs, what):
     add("--seed", type=int, default=0, help="of the data order")
 
 if __name__ == "__main__":
-    run(main, __doc__, functools.partial(
-        trainer_arguments, lr=2e-5, batch_size=128, epochs=1, what="demonstrations"))
+    defaults = dict(lr=2e-5, batch_size=128, epochs=1, what="demonstrations")
+    run(main, __doc__, functools.partial(trainer_arguments, **defaults))

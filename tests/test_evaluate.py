@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 from argparse import Namespace
 from collections import Counter
@@ -326,7 +327,8 @@ def test_a_copy_of_the_reference_ties_everywhere(world):
 
 
 def test_the_table_has_a_row_for_every_model_and_kind(world, results):
-    text = (world / "out/results.md").read_text()
+    legend, text = (world / "out/results.md").read_text().split("\n", 1)
+    assert legend.startswith("value [95 % interval]")
     tables = {part.split("\n\n")[0]: [[c.strip() for c in line.strip("|").split("|")] for line in part.split("\n\n")[1].splitlines()]
               for part in text.strip().replace("|\n\n", "|\n\0").split("\n\0")}
     for kind, models in dict(average="ab", sum="ab", implicit="b").items():
@@ -364,8 +366,8 @@ def test_one_set_and_a_second_call(world, capsys):
         run_here("evaluate.py", world / "a", "--data", world / "eval/pairs", "--out", world / "single")
         outputs.append(capsys.readouterr().out)
         stamps.append((world / "single/results.json").stat().st_mtime_ns)
-    table = (world / "single/results.md").read_text().split("\n\n")[1]
-    assert "\n| a | " in table and all(table in text for text in outputs)
+    table = (world / "single/results.md").read_text().split("\n\n")[2]
+    assert "\n| a   " in table and all(table in text for text in outputs)
     assert "complete" in outputs[1] and stamps[0] == stamps[1]  # nothing was written again
     results = json.loads((world / "single/results.json").read_text())
     assert list(results["longer_wins"]) == ["pairs"] and results["args"]["inputs"].keys() == {str(world / "a"), str(world / "eval/pairs")}
@@ -475,7 +477,7 @@ def test_summary_over_seeds_by_hand(tmp_path):
     for k, (a, b) in enumerate(((0.6, 0.7), (0.64, 0.8))):
         result(tmp_path / str(k), dict(sft=0.5, dpo=a, amapo=b), dict(amapo=dict(kl=k + 1.0)))
     run_here("evaluate.py", "--summary", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "o")
-    lines = (tmp_path / "o/results.md").read_text().splitlines()
+    lines = re.sub(" +", " ", (tmp_path / "o/results.md").read_text()).splitlines()
     assert "| dpo | 62.0 (2.8) |" in lines and "| amapo | 75.0 (7.1) |" in lines and "| amapo | 1.500 (0.707) |" in lines
     assert "| amapo | 13.0 [-25.1, 51.1] |" in lines and "| amapo | 25.0 [-38.5, 88.5] |" in lines
     assert "| sft | -12.0 [-37.4, 13.4] |" in lines
@@ -486,7 +488,7 @@ def test_a_summary_joins_models_and_tabulates_again(world, results, tmp_path):
     result(tmp_path / "0", dict(sft=0.5, dpo=0.6))
     result(tmp_path / "1", dict(simpo=0.7))
     run_here("evaluate.py", "--summary", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "o")
-    lines = (tmp_path / "o/results.md").read_text().splitlines()
+    lines = re.sub(" +", " ", (tmp_path / "o/results.md").read_text()).splitlines()
     assert "| dpo | 60.0 [50.0, 70.0] |" in lines and "| simpo | 70.0 [60.0, 80.0] |" in lines
     run_here("evaluate.py", "--summary", world / "out", "--out", tmp_path / "again")
     assert (tmp_path / "again/results.md").read_text() == (world / "out/results.md").read_text()

@@ -11,17 +11,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare_data", "sft", "align", "evaluate"]
-LIMITS = dict(prepare_data=480, sft=480, align=300, evaluate=480)  # align without its losses: a new one breaks no test
+LIMITS = dict(prepare_data=436, sft=478, align=300, evaluate=440)  # without tables and losses, so that a new row or loss breaks no test
 source = {name: (ROOT / f"{name}.py").read_text() for name in STAGES}
 lines = {name: text.splitlines() for name, text in source.items()}
 begin, end = (next(k for k, line in enumerate(lines["align"]) if line.startswith(head)) for head in ("LOSSES = {}", "def configure("))
 lines["align"] = lines["align"][:begin] + lines["align"][end:]
 tree = {name: ast.parse(text) for name, text in source.items()}
+for name in STAGES:  # a table: a dictionary of several lines with a name in capitals, as SHAPES
+    rows = [node.end_lineno - node.lineno for node in tree[name].body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and node.targets[0].id.isupper()]
+    lines[name] = lines[name][sum(rows):]
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_readable_in_one_sitting(name):
-    assert len(lines[name]) <= LIMITS[name] and max(map(len, source[name].splitlines())) <= 140
+    assert len(lines[name]) <= LIMITS[name], f"{name}.py has a budget of lines: find what can go"
+    assert max(map(len, source[name].splitlines())) <= 140
     for node in ast.walk(tree[name]):
         if isinstance(node, ast.FunctionDef):
             size = node.end_lineno - node.lineno + 1
@@ -29,8 +34,9 @@ def test_readable_in_one_sitting(name):
 
 
 def test_all_of_it_is_readable_in_one_sitting():
-    assert sum(map(len, lines.values())) <= 1690  # and losses of 310 at this writing
-    assert len((ROOT / "run_all.sh").read_text().splitlines()) <= 200
+    assert sum(map(len, lines.values())) <= 1640, "the stages have a budget of lines together"  # 1,999 with tables and losses at this writing
+    text = re.sub(r'^([A-Z]+)="\n.*?^"$', "", (ROOT / "run_all.sh").read_text(), flags=re.M | re.S)  # without SETTINGS, RECIPES, EXPERIMENTS
+    assert len(text.splitlines()) <= 160, "run_all.sh has a budget of lines"
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -6,11 +6,14 @@ stays finite, that it is pure, and that it told the truth about looking across p
 A new loss needs no edit here: the parametrised tests pick it up from LOSSES.
 """
 
+import importlib.util
 import inspect
 import math
+import re
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -289,10 +292,49 @@ def test_pairs_of_a_scored_list():
     assert draw_pairs(scores, "best-worst", 0.5) == [(0, 1, 0)]
 
 
-def test_a_loss_that_wants_what_the_loop_has_not_is_refused(monkeypatch):
-    for mine, word in ((lambda pi, beta=0.1: pi.w, "beta"), (lambda pi, state: (pi.w, state), "state")):  # without the star; not batch
-        mine.__name__ = "mine"
-        monkeypatch.setitem(LOSSES, "mine", None)
-        loss(mine)
-        with pytest.raises(ValueError, match=f"no {{'{word}'}} for it; hyper-parameters come after"):
-            configure("mine", [])
+def detached(pi, *, beta=1.0):
+    return (beta * (pi.l - pi.w)).detach()
+
+
+MISTAKES = {  # what somebody might write under @loss: (the function, batch, what the message must say)
+    "no star": (lambda pi, beta=0.1: pi.l - pi.w, False, "come after `*`"),
+    "no default": (lambda pi, *, beta: beta * (pi.l - pi.w), False, "with defaults"),
+    "unknown supply": (lambda pi, logits: pi.l - pi.w, False, "the loop has pi ref"),
+    "state of single pairs": (lambda pi, state: (pi.l - pi.w, state), False, "`state` is for"),
+    "state forgotten": (lambda pi, state: pi.l - pi.w, True, "(losses, new state)"),
+    "state unasked": (lambda pi: (pi.l - pi.w, {}), True, "must return (G,) losses"),
+    "reduced": (lambda pi: (pi.l - pi.w).mean(), False, "must return (G,) losses"),
+    "nothing returned": (lambda pi: None, False, "must return (G,) losses"),
+    "across pairs": (lambda pi: (pi.l - pi.w) - (pi.l - pi.w).mean(), False, "batch=True"),
+    "detached": (detached, False, "no gradient"), "lengths alone": (lambda pi: pi.nw - pi.nl, False, "no gradient"),
+    "not a number": (lambda pi, *, beta=0.0: (pi.l - pi.w) / beta, False, "losses of made-up pairs"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_new_loss_is_refused_before_anything_runs(monkeypatch, mistake):
+    function, batch, says = MISTAKES[mistake]
+    function.__name__ = "mine"
+    monkeypatch.delitem(LOSSES, "mine", raising=False)
+    loss(function, batch=batch)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        configure("mine", [])
+    with pytest.raises(ValueError, match="two losses are called mine"):
+        loss(function)
+    del LOSSES["mine"]
+
+
+@pytest.mark.parametrize("edit, name, noticed", [
+    ("z = -standardise", "amapo", True), ("    some = std >", "amapo", True), ("deviation = lambda", "alphadpo", True),
+    ("return p - torch.log", "orpo", True), ("return p - torch.log", "dpo", False), ("class Logps", "amapo", False)])
+def test_an_edit_of_a_loss_or_of_what_it_calls_is_noticed(tmp_path, edit, name, noticed):
+    text = (ROOT / "align.py").read_text()
+    assert text.count(edit) == 1
+    hashes = []
+    for k, version in enumerate((text, text.replace(edit, "  ".join(edit.rsplit(" ", 1))))):  # one blank more
+        (tmp_path / f"align{k}.py").write_text(version)
+        spec = importlib.util.spec_from_file_location(f"align{k}", tmp_path / f"align{k}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        hashes.append(module.code_of(module.LOSSES[name]))
+    assert (hashes[0] != hashes[1]) == noticed

@@ -189,10 +189,6 @@ SHAPES = {  # name: (kind, row, rows wanted as (prompt, responses, scores, style
     "RM-Bench": ("eval", dict(prompt="Add 2", chosen=list("123"), rejected=list("456"), subset="chat"),
                  [(chatml(U), list("123456"), [1, 1, 1, 0, 0, 0], [0, 1, 2, 0, 1, 2])], "RM-Bench"),
     "RewardBench": ("eval", PAIR | dict(subset="hep-cpp"), ONE, "RewardBench"),
-    "RewardBench 2": ("eval", dict(prompt="Add 2", chosen=["1"], rejected=list("234"), num_correct=1, subset="Math"),
-                      [(chatml(U), list("1234"), [1, 0, 0, 0], [])], "RewardBench 2"),
-    "RewardBench 2, ties": ("eval", dict(prompt="Add 2", chosen=list("123"), rejected=list("456"), num_correct=3, subset="Ties"),
-                            [(chatml(U), list("123456"), [1, 1, 1, 0, 0, 0], [])], "RewardBench 2"),
     "completion": ("sft", dict(prompt="Add 2", completion="It is 2"), [(chatml(U), ["It is 2"], [1], [])], "prompt-completion"),
     "completion lists": ("sft", dict(prompt=say(U), completion=say(A)), [(chatml(U), ["It is 2"], [1], [])], "prompt-completion"),
     "UltraChat": ("sft", dict(prompt="Add 2", prompt_id="7", messages=say(S, U, A, U2, B)),
@@ -208,7 +204,7 @@ def test_shapes(toks, tmp_path, name):
     assert list(map(text, rows)) == wanted
     assert all({k: v for k, v in json.loads(r["meta"]).items() if k in row} == row for r in rows)
     assert (report["rows_in"], report["kept"], report["dropped"], report["shapes"]) == (1, len(wanted), {}, {shape: 1})
-    assert set(rows["domain"]) == {row["subset"] if "RewardBench" in shape else "set"}
+    assert set(rows["domain"]) == {row["subset"] if shape == "RewardBench" else "set"}
 
 
 def test_sources_of_every_kind_give_the_same_rows(toks, tmp_path):
@@ -410,7 +406,7 @@ def test_prompts_to_exclude_the_overlap_and_the_dry_run(toks, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before and printed.count("[[ 'It is 2<|im_end|>' ]] 1\n") == 2 * (2 + 3 + 3)
     assert repr(chatml(("user", "Add 4")))[1:-1] in printed and repr(chatml(("user", "Add 5")))[1:-1] not in printed.split("eval/T")[0]
-    assert '"prompts_in_train": 3' in printed and '"TRL conversational": 5' in printed and "wrote" not in printed
+    assert "prompts in train 3;" in printed and "'TRL conversational': 5" in printed and "wrote" not in printed
 
 
 def test_the_number_of_processes_changes_nothing(toks, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,30 @@ def test_real_settings_and_wrong_words(run_all):
     assert run_all("nonsense")[0] == 2 and run_all(SETTING="nonsense")[0] == 2 and run_all(SETTING="custom")[0] == 2
     code, lines, _ = run_all(MODEL="m", PREF_DATA="p.jsonl", EVAL_DATA="ID=e.jsonl", NPROC="2", TORCHRUN="--nnodes 2 --node-rank 0")
     assert code == 0 and lines[1].startswith("-m torch.distributed.run --nproc-per-node 2 --nnodes 2 --node-rank 0 align.py --loss dpo --model m")
+
+
+def test_a_stage_stops_when_the_chain_is_killed_and_two_chains_do_not_share_an_out(tmp_path):
+    """The stage writes down the SIGTERM that it gets when its shell dies, even by SIGKILL."""
+    (tmp_path / "python").write_text(f"""#!/usr/bin/env bash
+case "$*" in *import*) exit ;; esac
+trap 'echo TERM > {tmp_path}/log; exit' TERM
+echo started > {tmp_path}/log; for k in $(seq 200); do sleep 0.1; done""")
+    (tmp_path / "python").chmod(0o755)
+    how = dict(env=os.environ | dict(PYTHON=str(tmp_path / "python"), OUT=str(tmp_path / "o")), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def wait_for(word):
+        until = time.time() + 15
+        while not (tmp_path / "log").exists() or (tmp_path / "log").read_text() != word:
+            assert time.time() < until
+            time.sleep(0.05)
+
+    chain = subprocess.Popen(["bash", ROOT / "run_all.sh"], **how)
+    wait_for("started\n")
+    again = subprocess.run(["bash", ROOT / "run_all.sh"], timeout=15, **how)
+    assert again.returncode == 2 and b"in use by another run" in again.stderr
+    chain.kill()
+    wait_for("TERM\n")
+    chain.communicate()
 
 
 def test_a_misspelt_loss_is_refused_before_the_first_stage(tmp_path):
