@@ -375,7 +375,7 @@ def configure(name, settings):
     leaf = (-n * torch.tensor([[1, 3], [2, 2.5], [1, 4], [3, 2], [1.5, 2.5]])).requires_grad_()
     losses, *alone = (apply_loss(function, hp, 0.0, n, None, torch.ones(2), {}, leaf[:, here], here)[0]
                       for here in ([0, 1], [0], [1]))
-    check(losses.isfinite().all(), f"{name} {hp}: losses of made-up pairs are {losses.tolist()}")
+    check(losses.isfinite().all(), f"--loss {name} --hp {hp}: losses of made-up pairs are {losses.tolist()}")
     check(function.batch or losses.allclose(torch.cat(alone)), f"{name} looks across pairs: @loss(batch=True)")
     check(torch.autograd.grad(losses.sum(), leaf)[0].any(), f"{name} {hp} has no gradient: all of it detached?")
     return function, hp
@@ -532,7 +532,7 @@ def main(args):
         margins = json.loads(Path(args.margins).read_text())
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]
         check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
-    if not (ready := start(args, reward=args.loss == "reward", hp=hp, code=code_of(function))):
+    if not (ready := start(args, reward=args.loss == "reward", hp=hp, loss_code=code_of(function))):
         return
     device, data, tok, scorer, optimizer, partial = ready
     epoch = math.ceil(len(pairs) / args.batch_size)

@@ -90,7 +90,7 @@ install() { # requirements files into .venv, again when they change; a given PYT
       "$PYTHON" -m pip install -q --disable-pip-version-check $(printf -- ' -r %s' "$@")
       cat "$@" > ".venv/${*//\//_}.installed"
     fi
-  elif ! "$PYTHON" -c "import torch, transformers, datasets, bitsandbytes, tqdm"; then
+  elif ! "$PYTHON" -c "import torch, transformers, datasets, bitsandbytes, tqdm" 2> /dev/null; then
     "$PYTHON" -m pip install -q $(printf -- ' -r %s' "$@")
   fi
 }

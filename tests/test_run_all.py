@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -22,12 +23,13 @@ def run_all(tmp_path):
     """run_all(word, VARIABLE=value, ...): (exit code, commands of the stages, stderr)."""
     (tmp_path / "python").write_text(FAKE)
     (tmp_path / "python").chmod(0o755)
+    shutil.copy(ROOT / "run_all.sh", tmp_path)  # works where it stands
 
     def run(*words, **variables):
         log = tmp_path / "log"
         log.write_text("")
         clean = {k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ}
-        done = subprocess.run(["bash", ROOT / "run_all.sh", *words], capture_output=True, text=True,
+        done = subprocess.run(["bash", tmp_path / "run_all.sh", *words], capture_output=True, text=True,
                               env=clean | dict(PYTHON=str(tmp_path / "python"), LOG=str(log), OUT="o") | variables)
         lines = [line for line in log.read_text().splitlines() if not line.startswith("-c import torch")]
         return done.returncode, lines, done.stderr

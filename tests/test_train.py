@@ -363,7 +363,7 @@ def test_the_state_of_a_loss_is_carried_saved_and_resumed(more, align, tmp_path,
         total = state.get("total", 0.0) + torch.tensor(float(len(pi.w)), dtype=torch.float64)
         if total == 28 and failures:
             raise ValueError(f"failure {failures.pop()}")
-        return total + 0 * pi.w, dict(total=total)
+        return total + (pi.w.detach() - pi.w), dict(total=total)
 
     monkeypatch.setattr(prepare_data, "run", lambda main, *rest: main.__globals__["loss"](count, batch=True) and run(main, *rest))
     job = align("count", tmp_path / "o", "--batch-size", 9, "--epochs", 2, "--lr", 1e-3, "--save-every", 2, *SMALL, *more)
@@ -550,7 +550,7 @@ def test_reward_model_its_folder_its_margins_and_madpo(align, data, models, tmp_
 
 
 def test_an_edited_loss_is_not_taken_for_the_finished_run(align, tmp_path):
-    """The same command after a change in the function's body names `source`; the stage runs from a copy of the repository."""
+    """The same command after a change in the function's body names `loss_code`; the stage runs from a copy of the repository."""
     import shutil
 
     for name in ("prepare_data.py", "sft.py", "align.py"):
@@ -559,7 +559,7 @@ def test_an_edited_loss_is_not_taken_for_the_finished_run(align, tmp_path):
     run_here(tmp_path / "align.py", *job[1:])
     text = (tmp_path / "align.py").read_text()
     (tmp_path / "align.py").write_text(text.replace("(pi.w / pi.nw - pi.l / pi.nl) - gamma)", "(pi.w / pi.nw - pi.l / pi.nl) + gamma)"))
-    with pytest.raises(SystemExit, match="source: "):
+    with pytest.raises(SystemExit, match="loss_code: "):
         run_here(tmp_path / "align.py", *job[1:])
 
 
