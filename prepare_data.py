@@ -17,6 +17,7 @@ A source is toy:SPLIT[+noise=P or +hard=P], a hub id (id[@revision][:split]), a 
 """
 
 import argparse
+import ctypes
 import functools
 import gzip
 import hashlib
@@ -187,9 +188,8 @@ def messages(x, role="user"):
         parts = re.split(r"\n\n(Human|Assistant):", x if role == "assistant" else x.rstrip().removesuffix("\n\nAssistant:"))
         x = [{"from": who, "value": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
     turns = x if isinstance(x, list) else [x] if isinstance(x, dict) else [dict(role=role, content=x)]
-    said = [(t.get("role") or t["from"], t.get("content", t.get("value"))) for t in turns]
-    said = [(roles.get(who, who), text) for who, text in said]  # an answer that is not a text counts as an empty one
-    return [dict(role=r, content="" if r == "assistant" and not isinstance(x, str) else x) for r, x in said]
+    said = [(roles.get(who := t.get("role") or t["from"], who), t.get("content", t.get("value"))) for t in turns]
+    return [dict(role=who, content="" if who == "assistant" and not isinstance(text, str) else text) for who, text in said]
 
 def pair(row):
     better, worse = float(row.get("score_chosen", 1)), float(row.get("score_rejected", 0))
@@ -420,6 +420,7 @@ def run(main, doc, arguments):
     """Parse, run, leave; a bad argument or input is one line on stderr and exit code 1."""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments(parser.add_argument)
+    os.register_at_fork(after_in_child=lambda: ctypes.CDLL(None).prctl(1, 9))  # PR_SET_PDEATHSIG: workers end with this process
     try:
         main(parser.parse_args())
         print(end="", flush=True)
@@ -434,8 +435,7 @@ def main(args):
     jobs = {name: source for name, source in jobs.items() if source}
     for item in args.eval or [f"{split}=toy:{split}" for split in [*SPLITS][2:]] * toy:
         name, _, source = item.partition("=")
-        fine = re.fullmatch(r"\w[\w.-]*", name) and source and f"eval/{name}" not in jobs
-        check(fine, f"--eval {item}: wanted NAME=SOURCE, each name once")
+        check(re.fullmatch(r"\w[\w.-]*", name) and source and f"eval/{name}" not in jobs, f"--eval {item}: wanted NAME=SOURCE, once")
         jobs[f"eval/{name}"] = source
     sources = [x for source in [*jobs.values(), args.exclude_prompts_from or ""] for x in source.split(",") if x]
     make = (lambda: Path(tempfile.mkdtemp())) if args.dry_run else begin(args.out, vars(args), [args.model, *sources])

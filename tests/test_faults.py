@@ -11,7 +11,9 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -314,3 +316,24 @@ def test_memory_does_not_grow_over_1000_steps(loss, align, tmp_path):
     assert code == 0, err
     peak = [json.loads(line)["memory_gib"] for line in (tmp_path / "o/metrics.jsonl").read_text().splitlines()]
     assert peak[999] - peak[300] < 0.01
+
+
+def test_workers_do_not_outlive_a_killed_stage(tokenizer, tmp_path):
+    """prepare_data.py tokenises in several processes; SIGKILL of the stage leaves none of them."""
+    rows = [json.dumps(dict(prompt=f"{k} the cat", completion="sat on a mat " * 50)) for k in range(3000)]
+    (tmp_path / "sft.jsonl").write_text("\n".join(rows))
+    code = f"import os, runpy, sys; os.cpu_count = lambda: 3; sys.argv, sys.path[0] = sys.argv[1:], {str(ROOT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    stage = subprocess.Popen([sys.executable, "-c", code, *command("prepare_data.py", "--model", tokenizer, "--sft", tmp_path / "sft.jsonl", "--out",
+                                                                   tmp_path / "out")[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = lambda: Path(f"/proc/{stage.pid}/task/{stage.pid}/children").read_text().split()
+    alive = lambda pid: Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    until = time.time() + 60
+    while len(workers := children()) < 3:
+        assert time.time() < until and stage.poll() is None
+        time.sleep(0.02)
+    stage.kill()
+    stage.wait()
+    until = time.time() + 10
+    while any(map(alive, workers)):
+        assert time.time() < until
+        time.sleep(0.05)
