@@ -551,7 +551,7 @@ def main(args):
         began = time.perf_counter()
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
         rows, ids, gap = fetch(data, pairs, index, supply)
-        lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows],
+        lengths = torch.tensor([[1 if args.loss == "reward" else len(r) for r in rs] for _, rs in rows],
                                dtype=torch.float64, device=device).T  # (K, G)
         gap = gap.new_tensor([margins["margins"][i] for i in index]) if args.margins else gap
         ref = reference[:, index] if wanted else None

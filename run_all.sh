@@ -18,7 +18,7 @@
 #              table over them at the end; of experiments "0 1 2"
 #   OUT        where everything goes: runs/$SETTING
 #   MAX_LENGTH tokens of prompt and response; longer pairs are dropped
-#   SFT_ARGS, ALIGN_ARGS, EVAL_ARGS   more arguments of the stages, e.g. "--save-every 50"
+#   PREPARE_ARGS, SFT_ARGS, ALIGN_ARGS, EVAL_ARGS   more arguments of the stages, e.g. "--save-every 50"
 #   NPROC      processes on this node: one for each GPU, or 1
 #   PYTHON     an interpreter that has the packages; without it a .venv is made here
 #   TORCHRUN   more arguments for torchrun, with OUT on a shared disk and the same command on each
@@ -164,7 +164,7 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
   else
     sft_source=() && [ "$SFT_DATA" = none ] || sft_source=(--sft "$SFT_DATA")
     "${watched[@]}" "$PYTHON" prepare_data.py --model "$MODEL" "${sft_source[@]}" --prefs "$PREF_DATA" \
-      --eval ${EVAL_DATA:-} --max-length "$MAX_LENGTH" --seed "$SEED" --out "$OUT/data"
+      --eval ${EVAL_DATA:-} --max-length "$MAX_LENGTH" --seed "$SEED" --out "$OUT/data" ${PREPARE_ARGS:-}
   fi
   [ "$MODEL" != toy ] || MODEL=$OUT/data/model
   SFT=$MODEL

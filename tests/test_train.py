@@ -522,6 +522,7 @@ def test_reward_model_its_folder_its_margins_and_madpo(align, data, models, tmp_
     """transformers alone scores the saved folder as margins.json says; madpo's first loss is the mean of its weights times ln 2."""
     more = ["--batch-size", 9, "--lr", 3e-3]
     run_here(*align("reward", tmp_path / "rm", *more, "--epochs", 3))
+    assert all(line["margin"] == line["margin_sum"] and line["accuracy"] == line["accuracy_sum"] for line in metrics(tmp_path / "rm"))
     lines = metrics(tmp_path / "rm")
     assert lines[-1]["accuracy_sum"] > 0.6 > 1e-3 and lines[-1]["loss"] < math.log(2)
     judge = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
