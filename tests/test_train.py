@@ -81,7 +81,10 @@ VARIANTS = {  # name: (stage and loss, arguments, processes); all but the first 
     "sft-2-small": ("sft", SMALL, 2), "dpo": ("dpo", [], 1), "dpo-2-small": ("dpo", SMALL, 2), "simpo": ("simpo", [], 1),
     "simpo-replay": ("simpo", ["--replay"], 1), "simpo-2-small": ("simpo", SMALL, 2), "amapo-4": ("amapo", SMALL, 4),
     "amapo-4-hsdp": ("amapo", ["--replicas", 2, "--save-every", 2], 4), "sft-4-hsdp": ("sft", ["--replicas", 2, *SMALL], 4),
-    "simpo-4-copies": ("simpo", ["--replicas", 4], 4)}
+    "simpo-4-copies": ("simpo", ["--replicas", 4], 4), "simpo-single": ("simpo", ["--tokens-per-forward", 1], 1), "simpo-recompute": ("simpo", ["--checkpoint-layers", 9], 1),
+    "simpo-2-replay": ("simpo", ["--replay", *SMALL], 2), "simpo-4": ("simpo", SMALL, 4), "dpo-single": ("dpo", ["--tokens-per-forward", 1], 1),
+    "dpo-replay": ("dpo", ["--replay"], 1), "dpo-recompute": ("dpo", ["--checkpoint-layers", 1, *SMALL], 1),
+    "dpo-2-replay": ("dpo", ["--replay", *SMALL], 2), "dpo-4": ("dpo", [], 4)}
 LONG = ["--batch-size", 9, "--max-steps", 24, "--lr", 1e-3, "--save-every", 2]
 
 
