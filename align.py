@@ -24,7 +24,7 @@ import math
 import os
 import re
 import time
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ def loss(function=None, *, batch=False):
     Positional parameters name what the loop supplies: `pi`, the policy's Logps; `ref`, the
     reference's (computed once, cached); `pi_head`, `ref_head`, those of the first min(nw, nl)
     tokens; `pi_square`, sums of log sum_v pi(v)^2 over the tokens v, detached; `kl` (G,), policy
-    minus reference log-prob of the next pair's chosen response; `gap` (G,), the score difference
+    minus reference log-prob of the next row's chosen response; `gap` (G,), the score difference
     of each pair, or its --margins; `state`, for batch=True, a dict of 0-d float64 tensors, {} at
     first: such a loss returns (losses, new state). Keyword-only parameters are hyper-parameters."""
     if function is None:
@@ -82,9 +82,9 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
       the code it is still those below, with an exponent below 0.
     znorm, exp, clip: False for the paper's ablations. It does not print their formulas; these are
       a reading: z = mu - r; margin = beta * gamma, gamma = z * mu; a margin for every pair."""
-    check(form in ("code", "paper") and group >= 0, f"amapo: no form={form}, group={group}")
+    check(form in ("code", "paper") and group in range(1 << 31), f"amapo: no form={form}, group={group}")
     r = pi.w / pi.nw - pi.l / pi.nl  # (G,)
-    groups = r.detach().split(group or len(r))
+    groups = r.detach().split(int(group) or len(r))
     margin = torch.cat([amapo_margin(x, beta, form, znorm, exp, clip) for x in groups])
     return -F.logsigmoid(beta * r - margin)
 
@@ -307,7 +307,7 @@ def betadpo(pi, ref, state, *, beta=0.1, alpha=0.6, keep=0.8, ema=0.0):
     at least 1e-3; D = u - v, detached.  beta-DPO, arXiv 2407.08639, as the official code has it.
     S: keep * G pairs, drawn without replacement by exp(-z^2 / 2); seeded by the step."""
     d = (pi.w - ref.w) - (pi.l - ref.l)
-    m, g, k = d.detach(), len(d), max(1, int(len(d) * keep))
+    m, g, k = d.detach(), len(d), max(1, int(len(d) * min(1.0, keep)))
     state = running(state, m, ema)
     z = standardise(m, state["mean"], state["std"])
     draw = torch.Generator().manual_seed(int(state["step"]))
@@ -366,7 +366,7 @@ def configure(name, settings):
     for setting in settings:
         key, _, value = setting.partition("=")
         check(key in hp, f"--hp {setting}: {name} has no {key}: {name}{inspect.signature(function)}")
-        kind = float if type(hp[key]) is int and "." in value else type(hp[key])
+        kind = float if type(hp[key]) is int and not value.lstrip("+-").isdigit() else type(hp[key])
         try:
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
@@ -395,12 +395,12 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
           "(losses, new state)")
     return out[0] - sft_weight * leaf[0] / n[0], out[1]
 
-def code_of(function):
+def code_of(function, *above):
     """Hash of the text of a loss and of the functions of this file that it calls."""
     text = inspect.getsource(function)
     used = [f for name, f in globals().items() if inspect.isfunction(f) and f.__module__ == __name__
-            and f is not function and re.search(rf"\b{name}\(", text)]
-    return hashlib.sha256("".join([text, *map(code_of, used)]).encode()).hexdigest()[:16]
+            and f not in (function, *above) and re.search(rf"\b{name}\(", text)]
+    return hashlib.sha256("".join([text, *(code_of(f, function, *above) for f in used)]).encode()).hexdigest()[:16]
 
 # ----------------------------------------------------------------------------- pairs of the data
 def draw_pairs(scores, how, min_gap):
@@ -415,8 +415,9 @@ def draw_pairs(scores, how, min_gap):
 def fetch(data, pairs, index, supply):
     """The pairs at `index` as rows of the scorer, [(prompt, K responses)]; their ids; gaps (G,).
     K = 2, chosen and rejected. Where a loss wants more, it is more responses to the same prompt:
-    for heads both, cut to the shorter one's length, for kl, last, the next pair's chosen one."""
-    after = [(i + 1) % len(pairs) for i in index] if "kl" in supply else []
+    for heads both, cut to the shorter one's length, for kl, last, the next row's chosen one."""
+    other = lambda i: next((j for j in chain(range(i + 1, len(pairs)), range(i)) if pairs[j][0] != pairs[i][0]), i)
+    after = [other(i) for i in index] if "kl" in supply else []
     batch = data[[pairs[i][0] for i in [*index, *after]]]
     responses, scores, rows, gaps = batch["responses"], batch["scores"], [], []
     for k, i in enumerate(index):
@@ -538,8 +539,7 @@ def main(args):
     epoch = math.ceil(len(pairs) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * epoch)
     print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} a step "
-           f"= {steps} steps, on {dist.get_world_size()} {device.type} process(es)"
-           + "; so few steps change little" * (steps < 20))
+           f"= {steps} steps{' (so few change little)' * (steps < 20)}, on {dist.get_world_size()} {device.type} process(es)")
     wanted, once = {"ref", "ref_head", "kl"} & {*supply}, min(steps, epoch)
     reference = wanted and reference_scores(scorer, data, pairs, supply, args, device, once)
     scorer.squares = "pi_square" in supply
@@ -556,7 +556,7 @@ def main(args):
         gap = gap.new_tensor([margins["margins"][i] for i in index]) if args.margins else gap
         ref = reference[:, index] if wanted else None
         losses_of = functools.partial(
-            apply_loss, function, hp, args.sft_weight, lengths, ref, gap.to(device), state)
+            apply_loss, function, hp, args.sft_weight * (args.loss != "reward"), lengths, ref, gap.to(device), state)
         losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch, args.replay,
                                                args.tokens_per_forward, device)
         metrics = describe(losses, logps, grads, lengths)
@@ -564,7 +564,7 @@ def main(args):
         norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, ids, logps.T)
         if step == 0 and wanted:  # policy and reference were one model
             off = dpo(*(Logps(*x[:2], *lengths[:2]) for x in (logps, ref))).mean() - math.log(2)
-            assert abs(off) < (1e-5 if device.type == "cpu" else 1e-2), f"first loss: ln 2 + {off}"
+            check(abs(off) < (1e-5 if device.type == "cpu" else 1e-2), f"first loss: ln 2 + {off}; remove {args.data}/../reference")
         origin = origin or metrics
         metrics |= {f"d{k}": metrics[k] - origin[k] for k in ("logp_chosen", "logp_rejected")}
         seconds = time.perf_counter() - began

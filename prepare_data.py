@@ -379,7 +379,7 @@ def build(source, tok, args, kind, excluded=()):
     wins = [n > m for ns, xs in zip(lengths, rows["scores"]) for n, x in zip(ns, xs) for m, y in zip(ns, xs) if x > y]
     percentiles = lambda x: {p: sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
     return rows, report | dict(kept=len(rows), longer_wins=round(sum(wins) / len(wins), 4) if wins else None,
-        prompt_tokens=percentiles([*map(len, rows["prompt"])]), response_tokens=percentiles(sum(lengths, [])),
+        prompt_tokens=percentiles([*map(len, rows["prompt"])]), response_tokens=percentiles([n for ns in lengths for n in ns]),
         source={part: fingerprint(part) for part in source.split(",") if part})
 
 def fingerprint(path, whole=False):
@@ -397,7 +397,7 @@ def fingerprint(path, whole=False):
 def begin(out, args, inputs, redo=False):
     """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json says what
     makes the result. What is of other arguments is kept (ValueError), but for results that have the key `redo` there."""
-    now = args | dict(out="", replicas=1, save_every=0, tokens_per_forward=0)  # no difference
+    now = args | dict(out="", replicas=1, save_every=0, tokens_per_forward=0, replay=0, checkpoint_layers=0)  # no difference
     now = json.loads(json.dumps(now | dict(inputs={p: fingerprint(p) for p in inputs})))
     done, partial = Path(out), Path(f"{out}.partial")
     check((done / "args.json").exists() or not done.exists(), f"{out} is not of this script; choose another --out")
@@ -426,7 +426,7 @@ def run(main, doc, arguments):
         print(end="", flush=True)
         return os._exit(0)  # at a plain exit threads of libraries were seen to abort
     except (ValueError, OSError, ArithmeticError, jinja2.TemplateError) as error:
-        message = str(error).strip().splitlines()[0]
+        message = (str(error).strip() or repr(error)).splitlines()[0]
     raise SystemExit(f"{parser.prog}: {message}")  # out here, so that what main held is closed, progress bars too
 
 def main(args):
@@ -449,7 +449,7 @@ def main(args):
         report = dict(tokenizer=fingerprint(out / "tokenizer"), template=tok.chat_template, sets={})
         for name, source in jobs.items():
             rows, about = build(source, tok, args, name.split("/")[0], excluded)
-            asked = set(map(tuple, rows["prompt"]))
+            asked = {hash(tuple(p)) for p in rows["prompt"]}
             about |= {f"prompts_in_{other}": len(asked & prompts[other]) for other in prompts}
             report["sets"][name], prompts = about, prompts | ({} if "/" in name else {name: asked})
             print(f"{name}:", *(f"{k.replace('_', ' ')} {v};" for k, v in about.items() if k != "source"))

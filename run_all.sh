@@ -42,7 +42,7 @@ llama3-instruct  | meta-llama/Meta-Llama-3-8B-Instruct | none | princeton-nlp/ll
 custom           | MODEL                               | none       | PREF_DATA       | 2048
 "
 # setting, stage: its arguments. dpo and simpo as SimPO's repository tuned them (gamma is beta times
-# its gamma_beta_ratio), amapo as its own did; toy: see README. A loss without a row gets `other`.
+# its gamma_beta_ratio), amapo as its own did (--replay for memory); toy: see README. No row: `other`.
 RECIPES="
 toy              sft    --lr 3e-3 --batch-size 64
 toy              dpo    --lr 1e-4 --batch-size 64 --hp beta=0.3
@@ -54,17 +54,17 @@ toy              other  --lr 3e-4 --batch-size 64
 mistral-base     sft    --lr 2e-5
 mistral-base     dpo    --lr 5e-7 --hp beta=0.01
 mistral-base     simpo  --lr 3e-7 --hp beta=2.0 --hp gamma=1.6
-mistral-base     amapo  --lr 4e-7 --hp beta=2.0
+mistral-base     amapo  --lr 4e-7 --hp beta=2.0 --replay
 mistral-instruct dpo    --lr 5e-7 --hp beta=0.01
 mistral-instruct simpo  --lr 5e-7 --hp beta=2.5 --hp gamma=0.25
-mistral-instruct amapo  --lr 6e-7 --hp beta=2.0
+mistral-instruct amapo  --lr 6e-7 --hp beta=2.0 --replay
 llama3-base      sft    --lr 2e-5
 llama3-base      dpo    --lr 5e-7 --hp beta=0.01
 llama3-base      simpo  --lr 6e-7 --hp beta=2.0 --hp gamma=1.0
-llama3-base      amapo  --lr 6e-7 --hp beta=2.5
+llama3-base      amapo  --lr 6e-7 --hp beta=2.5 --replay
 llama3-instruct  dpo    --lr 7e-7 --hp beta=0.01
 llama3-instruct  simpo  --lr 1e-6 --hp beta=2.5 --hp gamma=1.375
-llama3-instruct  amapo  --lr 1e-6 --hp beta=3.0
+llama3-instruct  amapo  --lr 1e-6 --hp beta=3.0 --replay
 "
 # experiment: losses (EVERY: all of them) | arguments of evaluate.py
 EXPERIMENTS="
@@ -94,7 +94,6 @@ install() { # requirements files into .venv, again when they change; a given PYT
     "$PYTHON" -m pip install -q $(printf -- ' -r %s' "$@")
   fi
 }
-
 die() { echo "run_all.sh: $*" >&2; exit 2; }
 WHAT=${1:-compare}
 case $WHAT in
@@ -105,7 +104,7 @@ case $WHAT in
     [ -n "$line" ] || die "$WHAT: wanted test, soak, bench$(awk '/[|]/ { printf ", %s", $1 }' <<< "$EXPERIMENTS")"
     install requirements.txt ;;
 esac
-[ "$WHAT" = compare ] || SEEDS=${SEEDS:-0 1 2}
+TABLE=evaluation && [ "$WHAT" = compare ] || TABLE=$WHAT SEEDS=${SEEDS:-0 1 2}
 
 # ---------------------------------------------------------------------------------- the stages
 [ -z "${MODEL:-}" ] || SETTING=${SETTING:-custom}
@@ -118,13 +117,18 @@ IFS='|' read -r _ model sft_data pref_data length <<< "$(tr -d ' ' <<< "$row")"
 MODEL=${MODEL:-$model} SFT_DATA=${SFT_DATA:-$sft_data} PREF_DATA=${PREF_DATA:-$pref_data}
 OUT=${OUT:-runs/$SETTING} MAX_LENGTH=${MAX_LENGTH:-$length} LOSSES=${LOSSES:-${line%|*}} SEED=${SEED:-0}
 [ "$MODEL" = toy ] || EVAL_DATA=${EVAL_DATA:-$EVALS}
+[[ $OUT != *[[:space:]%]* ]] || die "OUT=$OUT: without spaces and %, please"
+[[ ${TORCHRUN:-} != *nnodes* || $TORCHRUN == *node[-_]rank* ]] || die "TORCHRUN: wanted --node-rank too, as node 0 prepares the data"
 FLAGS="lr batch-size epochs pairs min-gap sft-weight" # of align.py, that LOSS@K=V may change; other K are hyper-parameters
 LOSSES=$(FLAGS=$FLAGS "$PYTHON" -c 'import os, sys, align
-names, flags = sys.argv[1:], os.environ["FLAGS"].split()
-names = names if names != ["EVERY"] else [k for k in align.LOSSES if k != "reward"]
-try: [align.configure(name, [c for c in changes.split(",") if c and c.split("=")[0] not in flags])
-      for name, _, changes in (name.partition("@") for name in names)]
-except ValueError as error: sys.exit(f"run_all.sh: LOSSES: {error}")
+names = sys.argv[1:] if sys.argv[1:] != ["EVERY"] else [k for k in align.LOSSES if k != "reward"]
+try:
+    for name, _, changes in (name.partition("@") for name in names):
+        flags = {c.split("=")[0]: c for c in changes.split(",") if c.split("=")[0] in os.environ["FLAGS"].split()}
+        align.check(name != "reward", "reward is trained for madpo, and is no policy")
+        align.check(name != "madpo" or not {"pairs", "min-gap"} & {*flags}, "its reward model wants them too: ALIGN_ARGS")
+        align.configure(name, [c for c in changes.split(",") if c and c not in flags.values()])
+except (ValueError, ArithmeticError) as error: sys.exit(f"run_all.sh: LOSSES: {error}")
 print(*names)' $LOSSES)
 recipe() { # the arguments of a stage in this setting, or those called `other`
   awk -v s="$SETTING" -v l="${1%%@*}" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }
@@ -133,14 +137,13 @@ recipe() { # the arguments of a stage in this setting, or those called `other`
 changes() { # those of LOSS@K=V,...
   local pair pairs=; [[ $1 != *@* ]] || pairs=${1#*@}
   for pair in ${pairs//,/ }; do
-    if [[ " $FLAGS " == *" ${pair%%=*} "* ]]; then echo "--${pair%%=*} ${pair#*=}"
-    else echo "--hp $pair"; fi
+    [[ " $FLAGS " == *" ${pair%%=*} "* ]] && echo "--${pair%%=*} ${pair#*=}" || echo "--hp $pair"
   done
 }
-
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+gpus=$(nvidia-smi -L 2> /dev/null | grep -c ^GPU || true)
+[ "$gpus" = 0 ] || [ -z "${CUDA_VISIBLE_DEVICES+x}" ] || gpus=$(grep -o '[^, ]\+' <<< "$CUDA_VISIBLE_DEVICES" | wc -l || true)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
-watched=() && ! command -v setpriv > /dev/null || watched=(setpriv --pdeathsig TERM) # a stage gets SIGTERM if this shell dies
+watched=(setpriv --pdeathsig TERM) && "${watched[@]}" true 2> /dev/null || watched=() # a stage gets SIGTERM if this shell dies
 launch=("${watched[@]}" "$PYTHON")
 if [ "$gpus" -gt 0 ] || [ "$NPROC" -gt 1 ] || [ -n "${TORCHRUN:-}" ]; then
   launch+=(-m torch.distributed.run --nproc-per-node "$NPROC" ${TORCHRUN:---standalone})
@@ -149,15 +152,13 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} # short: else threads that wait ta
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores = $(getconf _NPROCESSORS_ONLN) / NPROC) > 0 ? cores : 1))}
 export TOKENIZERS_PARALLELISM=false PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 say() { printf '\n[%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
-
 align() { # NAME [ARGUMENT ...]: OUT/NAME from OUT/sft
   say "align: $OUT/$1"
   "${launch[@]}" align.py --loss "${1%%@*}" --model "$SFT" --data "$OUT/data/train" \
     --out "$OUT/$1" $(recipe "$1") --seed "$SEED" ${ALIGN_ARGS:-} $(changes "$1") "${@:2}"
 }
 chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
-  local OUT=$1 SEED=$2 MODEL=$MODEL SFT table=$1/evaluation loss
-  [ "$WHAT" = compare ] || table=$OUT/$WHAT
+  local OUT=$1 SEED=$2 MODEL=$MODEL SFT table=$1/$TABLE loss
   say "prepare: $OUT/data"
   if [[ "${TORCHRUN:-}" =~ --node[-_]rank[\ =]+[1-9] ]]; then # one node prepares, the others wait for it
     until [ -e "$OUT/data/report.json" ]; do sleep 5; done
@@ -184,13 +185,12 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
   say "done; everything is in $OUT, the table in $table/results.md"
 }
 
-if [ -z "${TORCHRUN:-}" ] && command -v flock > /dev/null; then mkdir -p "$OUT" && exec 9> "$OUT/.lock"; flock -n 9 || die "$OUT: in use by another run"; fi
+if [ -z "${TORCHRUN:-}" ] && command -v flock > /dev/null; then mkdir -p "$OUT" && exec 9> "$OUT/.lock"; flock -n 9 || [ $? != 1 ] || die "$OUT: in use by another run"; fi
 if [ -z "${SEEDS:-}" ]; then
   chain "$OUT" "$SEED"
 else
-  tables=evaluation && [ "$WHAT" = compare ] || tables=$WHAT
   for seed in $SEEDS; do chain "$OUT/seed-$seed" "$seed"; done
-  [ "$(wc -w <<< "$SEEDS")" -lt 2 ] || "$PYTHON" evaluate.py --summary $(printf "$OUT/seed-%s/$tables " $SEEDS) --out "$OUT/summary-$tables"
+  [ "$(wc -w <<< "$SEEDS")" -lt 2 ] || "$PYTHON" evaluate.py --summary $(printf "$OUT/seed-%s/$TABLE " $SEEDS) --out "$OUT/summary-$TABLE"
 fi
 if [ "$WHAT" = noise ] && [ "$PREF_DATA" = toy:prefs ]; then # other label noise, other shares of hard pairs
   for world in noise=0.1 noise=0.2 noise=0.3 hard=0.2 hard=0.5 hard=0.8; do

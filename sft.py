@@ -44,7 +44,8 @@ def setup():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone,
+                            timeout=4 * dist.distributed_c10d.default_pg_timeout)  # rank 0 may download
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)  # of the one thing that is drawn, a new reward head
     return device
@@ -72,7 +73,6 @@ print0 = functools.partial(on_rank0, functools.partial(print, flush=True))
 # ---------------------------------------------------------------------- the model and its scores
 UNSUPPORTED = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # of a config; not done here
 HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
-
 def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0.0,
            sliding_window=None, softcap=None, **others):
     """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value
@@ -416,7 +416,7 @@ def start(args, reward=False, **also):
     check_vocabulary(args.data, args.model)
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
     also |= dict(processes=[dist.get_world_size(), args.replicas]) if args.optimizer == "adamw8bit" else {}
-    make = begin(args.out, vars(args) | also, [args.data, args.model])
+    make = begin(args.out, vars(args) | also, [args.data, args.model, getattr(args, "margins", None) or args.data])
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
         return print0(f"{args.out} is complete")

@@ -280,7 +280,9 @@ def test_bco_shift_is_that_of_all_batches_so_far():
 # ------------------------------------------------------------------------------------------------------- command line, pairs
 def test_configure_reads_and_refuses():
     assert configure("amapo", ["beta=3", "group=8", "form=paper"])[1] | {} == dict(configure("amapo", [])[1], beta=3.0, group=8, form="paper")
-    for name, hp, word in (("dpoo", [], "amapo"), ("dpo", ["gamma=1"], "beta=0.1"), ("dpo", ["beta=x"], "float"), ("dpo", ["beta"], "float")):
+    assert configure("amapo", ["group=1e1", "beta=1e-1"])[1]["group"] == 10 and configure("betadpo", ["keep=2"])
+    for name, hp, word in (("dpoo", [], "amapo"), ("dpo", ["gamma=1"], "beta=0.1"), ("dpo", ["beta=x"], "float"), ("dpo", ["beta"], "float"),
+                           ("amapo", ["group=8.5"], "group=8.5"), ("amapo", ["group=-1"], "group=-1"), ("amapo", ["group=x"], "float")):
         with pytest.raises(ValueError, match=word):
             configure(name, hp)
 
@@ -326,12 +328,14 @@ def test_a_mistake_in_a_new_loss_is_refused_before_anything_runs(monkeypatch, mi
 
 @pytest.mark.parametrize("edit, name, noticed", [
     ("z = -standardise", "amapo", True), ("    some = std >", "amapo", True), ("deviation = lambda", "alphadpo", True),
-    ("return p - torch.log", "orpo", True), ("return p - torch.log", "dpo", False), ("class Logps", "amapo", False)])
+    ("return p - torch.log", "orpo", True), ("return p - torch.log", "dpo", False), ("class Logps", "amapo", False),
+    ('"""log(e^p / (1', "orpo", True)])
 def test_an_edit_of_a_loss_or_of_what_it_calls_is_noticed(tmp_path, edit, name, noticed):
     text = (ROOT / "align.py").read_text()
     assert text.count(edit) == 1
     hashes = []
     for k, version in enumerate((text, text.replace(edit, "  ".join(edit.rsplit(" ", 1))))):  # one blank more
+        version = version.replace('"""log(e^p', '"""as asft() and orpo() take it: log(e^p')  # names that go in a circle
         (tmp_path / f"align{k}.py").write_text(version)
         spec = importlib.util.spec_from_file_location(f"align{k}", tmp_path / f"align{k}.py")
         module = importlib.util.module_from_spec(spec)

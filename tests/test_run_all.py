@@ -84,6 +84,21 @@ def test_real_settings_and_wrong_words(run_all):
     assert code == 0 and lines[1].startswith("-m torch.distributed.run --nproc-per-node 2 --nnodes 2 --node-rank 0 align.py --loss dpo --model m")
 
 
+def test_one_process_for_each_visible_gpu(run_all, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("for k in 0 1 2 3; do echo GPU $k: H; done; echo '  MIG 1g GPU-x'")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for visible, n in (({}, 4), (dict(CUDA_VISIBLE_DEVICES="0,2"), 2), (dict(CUDA_VISIBLE_DEVICES="3"), 1)):
+        assert run_all(**visible)[1][1].startswith(f"-m torch.distributed.run --nproc-per-node {n} --standalone sft.py")
+    assert run_all(CUDA_VISIBLE_DEVICES="")[1][1].startswith("sft.py")
+
+
+def test_what_would_fail_late_is_refused_early(run_all):
+    for variables, word in ((dict(OUT="a b"), "spaces"), (dict(OUT="a%d"), "spaces"), (dict(TORCHRUN="--nnodes 2"), "--node-rank")):
+        code, lines, err = run_all(**variables)
+        assert code == 2 and word in err and not lines
+
+
 def test_a_stage_stops_when_the_chain_is_killed_and_two_chains_do_not_share_an_out(tmp_path):
     """The stage writes down the SIGTERM that it gets when its shell dies, even by SIGKILL."""
     (tmp_path / "python").write_text(f"""#!/usr/bin/env bash
@@ -111,7 +126,8 @@ echo started > {tmp_path}/log; for k in $(seq 200); do sleep 0.1; done""")
 def test_a_misspelt_loss_is_refused_before_the_first_stage(tmp_path):
     import sys
 
-    for losses, word in (("dpo simppo", "simppo: unknown"), ("dpo@betta=1", "dpo has no betta")):
+    for losses, word in (("dpo simppo", "simppo: unknown"), ("dpo@betta=1", "dpo has no betta"), ("ipo@beta=0", "division by zero"),
+                         ("dpo reward", "no policy"), ("madpo@min-gap=2", "ALIGN_ARGS")):
         done = subprocess.run(["bash", ROOT / "run_all.sh"], capture_output=True, text=True, env=os.environ | dict(
             PYTHON=sys.executable, OUT=str(tmp_path / "o"), LOSSES=losses))
         assert done.returncode == 1 and word in done.stderr.splitlines()[-1] and not list(tmp_path.iterdir())

@@ -351,7 +351,7 @@ def test_a_reference_is_of_the_very_micro_batches_and_data_of_the_run(align, mod
             run_here(*job("ipo", "ipo"))
             (file,) = (tmp_path / "d/reference").iterdir()  # shared
     torch.save(torch.load(file) + torch.tensor([[1.0], [0.0]]), file)
-    with pytest.raises(AssertionError, match="first loss"):
+    with pytest.raises(SystemExit, match="first loss"):
         run_here(*job("dpo", "wrong"))
 
 
@@ -494,8 +494,9 @@ def relative_confidence(lm, prompt, response):
     return (p[range(len(response)), response].log() - p.square().sum(-1).log()).mean().item()
 
 
-def test_kto_takes_the_log_ratio_of_the_next_pairs_chosen_response(align, data, models, tmp_path):
-    """The second step's loss from the saved first-step model: its z is the mean log-ratio of (prompt i, chosen i + 1)."""
+def test_kto_takes_the_log_ratio_of_the_next_rows_chosen_response(align, data, models, tmp_path):
+    """The second step's loss from the saved first-step model: its z is the mean log-ratio of a prompt and the first chosen response that
+    follows and is of another prompt. Five of the pairs are of one prompt, the last."""
     more = ["--batch-size", 19, "--lr", 3e-3, "--epochs", 2, "--hp", "beta=1.0"]
     run_here(*align("kto", tmp_path / "one", *more, "--max-steps", 1))
     run_here(*align("kto", tmp_path / "two", *more))  # 2 epochs of one step; one step of warm-up in both
@@ -503,7 +504,8 @@ def test_kto_takes_the_log_ratio_of_the_next_pairs_chosen_response(align, data, 
     with torch.no_grad():
         ratio = lambda p, r: (reference_logp(new, p, r) - reference_logp(old, p, r)).item()
         pairs = stored_pairs(data)
-        z = max(0.0, sum(ratio(a[0], b[1]) for a, b in zip(pairs, pairs[1:] + pairs[:1])) / len(pairs))
+        mates = [next(w for p, w, _ in pairs[i + 1 :] + pairs[:i] if p != prompt) for i, (prompt, _, _) in enumerate(pairs)]
+        z = max(0.0, sum(ratio(p, mate) for (p, _, _), mate in zip(pairs, mates)) / len(pairs))
         s = lambda x: 1 / (1 + math.exp(-x))
         values = [0.5 * (s(z - ratio(p, w)) + s(ratio(p, l) - z)) for p, w, l in pairs]
     assert metrics(tmp_path / "two")[1]["loss"] == pytest.approx(sum(values) / len(values), rel=1e-4)
@@ -565,6 +567,37 @@ def test_an_edited_loss_is_not_taken_for_the_finished_run(align, tmp_path):
     (tmp_path / "align.py").write_text(text.replace("(pi.w / pi.nw - pi.l / pi.nl) - gamma)", "(pi.w / pi.nw - pi.l / pi.nl) + gamma)"))
     with pytest.raises(SystemExit, match="loss_code: "):
         run_here(tmp_path / "align.py", *job[1:])
+
+
+def test_what_costs_memory_alone_may_change_and_what_margins_say_may_not(tmp_path):
+    """A run that stopped after step 2 goes on with --replay and --checkpoint-layers; another margins file of the same name is refused."""
+    import prepare_data
+
+    begin = prepare_data.begin
+    args = dict(out=str(tmp_path / "o"), replay=False, checkpoint_layers=0, tokens_per_forward=8192, save_every=2, lr=1.0, margins="m.json")
+    margins = tmp_path / "m.json"
+    margins.write_text("[1]")
+    (begin(args["out"], args, [str(margins)])() / "checkpoints").mkdir()
+    assert callable(begin(args["out"], args | dict(replay=True, checkpoint_layers=2, tokens_per_forward=1, save_every=0), [str(margins)]))
+    with pytest.raises(ValueError, match="lr: 1.0 -> 2.0"):
+        begin(args["out"], args | dict(lr=2.0), [str(margins)])
+    margins.write_text("[2]")
+    with pytest.raises(ValueError, match="inputs: "):
+        begin(args["out"], args, [str(margins)])
+
+
+def test_the_margins_are_an_input_of_a_run(align, data, tmp_path):
+    pairs = len(pairs_of(data))
+    import prepare_data
+
+    write = lambda x: (tmp_path / "m.json").write_text(json.dumps(dict(data=[prepare_data.fingerprint(data / "train"), pairs], margins=[x] * pairs)))
+    job = align("madpo", tmp_path / "o", "--batch-size", 9, "--max-steps", 1, "--margins", tmp_path / "m.json")
+    write(1.0)
+    run_here(*job)
+    run_here(*job)  # complete
+    write(2.0)
+    with pytest.raises(SystemExit, match="m.json"):
+        run_here(*job)
 
 
 def test_a_loss_may_want_heads_and_mismatched_pairs_at_once(data):
