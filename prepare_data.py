@@ -244,10 +244,10 @@ def parse(row, kind):
         parts = own and own[0]["role"] == "assistant"  # of the prompt; else it is in either, or in both
         prompt, styles = asked + own if parts else max(own, asked, key=len), [0, 1, 2] * 2 * (fits[0] == "RM-Bench")
         items = [(prompt, [t[-1]["content"] for t in talks], scores, styles)]
-    system = messages(row["system"], "system") if row.get("system") else []
     check(items and all(prompt for prompt, *_ in items), "has no prompt (add the key prompt), or no answer")
     check(all(isinstance(t["content"], str) for prompt, *_ in items for t in prompt), "has a turn that is not a text")
-    return fits[0], [(system + prompt, *rest) for prompt, *rest in items]
+    json.dumps(items, ensure_ascii=False).encode()  # half of a surrogate pair fails here, where the row is known
+    return fits[0], [(messages(row.get("system") or [], "system") + prompt, *rest) for prompt, *rest in items]
 
 # ------------------------------------------------------------------------ chat template, tokens
 PLAIN_TEMPLATE = (  # for tokenizers that have none; saved with the model

@@ -318,6 +318,7 @@ BAD_ROWS = [  # (kind, a second row, what its message must say)
     ("train", '{"prompt": "p", "responses": "xy", "scores": [1, 2]}', "a list of answers"),
     ("train", '{"chosen": "x", "rejected": "y"}', "add the key prompt"),
     ("train", '{"prompt": [], "chosen": "x", "rejected": "y"}', "no prompt"),
+    ("train", '{"prompt": "p", "chosen": "x", "rejected": "\\ud800"}', "surrogates"),
     ("train", '{"prompt": ["p"], "chosen": "x", "rejected": "y"}', ""),
     ("train", '{"prompt": [{"role": "user", "content": null}], "chosen": "x", "rejected": "y"}', "not a text"),
     ("train", '{"prompt": "p", "completion": "x", "label": true}', "TRL unpaired: pair good with bad"),
