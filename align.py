@@ -62,8 +62,7 @@ def loss(function=None, *, batch=False):
     function.hp = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY}
     function.batch = batch
     check(function.__name__ not in LOSSES, f"two losses are called {function.__name__}")
-    LOSSES[function.__name__] = function
-    return function
+    return LOSSES.setdefault(function.__name__, function)
 
 # ----- AMaPO: push the pairs below the batch mean, leave the others alone
 @loss(batch=True)
@@ -371,7 +370,7 @@ def configure(name, settings):
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise ValueError(f"--hp {setting}: wanted a {kind.__name__}") from None
-    n = torch.tensor([[2.0, 3.0], [3.0, 2.0], [2.0, 2.0], [2.0, 2.0], [3.0, 2.0]]).double()  # (K, G)
+    n = torch.tensor([[2.0, 3.0], [3.0, 2.0], [2.0, 2.0], [2.0, 2.0], [3.0, 2.0]]).double()  # w, l, heads, mate
     leaf = (-n * torch.tensor([[1, 3], [2, 2.5], [1, 4], [3, 2], [1.5, 2.5]])).requires_grad_()
     losses, *alone = (apply_loss(function, hp, 0.0, n, None, torch.ones(2), {}, leaf[:, here], here)[0]
                       for here in ([0, 1], [0], [1]))
@@ -381,26 +380,29 @@ def configure(name, settings):
     return function, hp
 
 def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
-    """(losses (g,), new state) of the pairs at the positions `here` of the global batch. leaf (K, g):
-    their log-probs, columns as in `fetch`; lengths, ref (K, G), gap (G,): of the whole batch."""
+    """(losses (g,), new state) of the pairs at the positions `here` of the global batch. leaf (K, g), (2 K, g)
+    with squares: log-probs of chosen, rejected, and as `fetch` appends; lengths, ref (K, G), gap (G,)."""
     n, ref = lengths[:, here], torch.zeros_like(leaf) if ref is None else ref[:, here]
-    head, last, square = slice(2, 4) if len(n) > 3 else slice(0, 2), len(n) - 1, leaf[-len(n) :].detach()
-    supply = dict(pi=Logps(*leaf[:2], *n[:2]), ref=Logps(*ref[:2], *n[:2]), gap=gap[here],
-                  pi_head=Logps(*leaf[head], *n[head]), ref_head=Logps(*ref[head], *n[head]),
-                  pi_square=Logps(*square[:2], *n[:2]), kl=(leaf[last] - ref[last]).detach(), state=state)
+    two, head, last = slice(2), slice(2, 4) if len(n) > 3 else slice(2), len(n) - 1
+    of = lambda x, rows: Logps(*x[rows], *n[rows])
+    supply = dict(pi=of(leaf, two), ref=of(ref, two), pi_head=of(leaf, head), ref_head=of(ref, head), gap=gap[here],
+                  pi_square=of(leaf[-len(n) :].detach(), two), kl=(leaf[last] - ref[last]).detach(), state=state)
     out = function(*(supply[k] for k in function.wants), **hp)
     out = out if "state" in function.wants else (out, {})
-    sound = isinstance(out, tuple) and torch.is_tensor(out[0]) and out[0].shape == leaf[0].shape
-    check(sound, f"{function.__name__} must return (G,) losses, one a pair; one that takes `state` "
-          "(losses, new state)")
+    sound = isinstance(out, tuple) and torch.is_tensor(out[0]) and isinstance(out[1], dict)
+    check(sound and out[0].shape == leaf[0].shape, f"{function.__name__} must return (G,) losses, one a pair "
+          "and not their mean; one that takes `state` (losses, new state)")
     return out[0] - sft_weight * leaf[0] / n[0], out[1]
 
 def code_of(function, *above):
-    """Hash of the text of a loss and of the functions of this file that it calls."""
+    """Hash of the text of a loss and of what it names of this file: functions, constants."""
     text = inspect.getsource(function)
-    used = [f for name, f in globals().items() if inspect.isfunction(f) and f.__module__ == __name__
-            and f not in (function, *above) and re.search(rf"\b{name}\(", text)]
-    return hashlib.sha256("".join([text, *(code_of(f, function, *above) for f in used)]).encode()).hexdigest()[:16]
+    code = text.replace(function.__doc__ or "@loss", "").replace("@loss", "")
+    for thing in map(globals().get, sorted({*re.findall(r"\w+", code)})):
+        if inspect.isfunction(thing) and thing.__module__ == __name__ and thing not in (function, *above):
+            text += code_of(thing, function, *above)
+        text += repr(thing) * isinstance(thing, (int, float, str, tuple, list))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # ----------------------------------------------------------------------------- pairs of the data
 def draw_pairs(scores, how, min_gap):
@@ -485,7 +487,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     micros = shares[dist.get_rank()]
     kinds = len(rows[0][1]) * (1 + scorer.squares)  # K: log-probs of each response, then squares
     logps, grads = torch.zeros(2, kinds, size, dtype=torch.float64, device=device)
-    losses, state = torch.zeros(size, dtype=torch.float64, device=device), {}
+    losses, state = torch.zeros_like(logps[0]), {}
 
     def settle(window, outs):
         nonlocal state
@@ -533,7 +535,7 @@ def main(args):
         margins = json.loads(Path(args.margins).read_text())
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]
         check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
-    if not (ready := start(args, reward=args.loss == "reward", hp=hp, loss_code=code_of(function))):
+    if not (ready := start(args, reward=args.loss == "reward", hp=hp, code_of_the_loss=code_of(function))):
         return
     device, data, tok, scorer, optimizer, partial = ready
     epoch = math.ceil(len(pairs) / args.batch_size)

@@ -38,7 +38,7 @@ def score_set(scorer, data, budget, device, desc):
     """Summed log-probs in nats of all responses, a list for each row; the same on every rank."""
     world, rank, scores = dist.get_world_size(), dist.get_rank(), []
     every = [*zip(data["prompt"], data["responses"])]
-    for k in tqdm.trange(0, len(every), 256, desc=desc, unit="256 rows", disable=rank > 0):
+    for k in tqdm.trange(0, len(every), 256, desc=desc, unit=" x 256 rows", disable=rank > 0):
         rows = every[k : k + 256]
         full = torch.zeros(len(rows), max(len(rs) for _, rs in rows), device=device).double()
         for micro in plan(rows, world, budget)[rank]:
@@ -56,8 +56,7 @@ def generate(path, prompts, args, device, desc):
     for any number of them: they take batches of 64 prompts in turn, each with a seed of its own."""
     tok, order = load_tokenizer(path), sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     tok.pad_token = tok.pad_token or tok.eos_token
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    how = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    how = dict(dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, use_safetensors=True, trust_remote_code=False)
     lm = transformers.AutoModelForCausalLM.from_pretrained(path, **how).to(device).eval()
     stops = torch.tensor(lm.generation_config.eos_token_id).flatten().tolist()
     how = dict(temperature=args.temperature, top_p=1.0, top_k=0) if args.temperature else {}
@@ -221,8 +220,7 @@ def measure(data, scores, base=None):
 
 def training_log(path):
     """The lines of metrics.jsonl of a model that align.py trained; [] for others."""
-    log = Path(path) / "metrics.jsonl"
-    lines = [json.loads(line) for line in open(log)] if log.exists() else []
+    lines = [json.loads(line) for line in open(log)] if (log := Path(path) / "metrics.jsonl").exists() else []
     return lines if lines and "grad_well" in lines[0] else []
 
 def audit(lines):
@@ -310,7 +308,7 @@ def markdown(tables):
 def write_tables(folder, tables, logs):
     """FOLDER/results.md and, where matplotlib is installed, figures.png: training curves, who gets
     the gradient, true reward of samples against KL. logs: {model: lines of its metrics.jsonl}."""
-    legend = "value [95 % interval]; over seeds mean (standard deviation). Avg: of a suite's columns"
+    legend = "value [95 % interval]; over seeds mean (standard deviation). Avg: of Easy, Normal, Hard"
     (folder / "results.md").write_text(f"{legend}\n{markdown(tables)}")
     main = {t: rows for t, rows in tables.items() if t.startswith(("Ranking", "Who", "Samples"))}
     print(f"\n{legend}\n{markdown(main)}\nmore in {folder}/results.md")
@@ -335,8 +333,8 @@ def write_tables(folder, tables, logs):
 # ------------------------------------------------------------------------------------------ main
 def find_sets(root):
     """{name: rows} of a folder of prepared sets, in the order of writing, or of one set."""
-    files = [f / "dataset_info.json" for f in (root, *root.glob("*"))]
-    files = sorted((f for f in files if f.exists()), key=lambda f: f.stat().st_mtime_ns)
+    files = [*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json")]
+    files.sort(key=lambda f: f.stat().st_mtime_ns)
     check(files, f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
     sets = {f.parent.name: load_rows(f.parent) for f in files}
     for name, data in sets.items():
@@ -381,7 +379,7 @@ def main(args):
         check_vocabulary(args.data, path)  # a bad one fails here, before anything is scored
     short = [Path(p).name for p in paths]
     names = {p: n if short.count(n) == 1 else p.replace("/", "_") for p, n in zip(paths, short)}
-    make = begin(args.out, vars(args), [args.data, *paths, *filter(None, [args.prompts])], redo="models")
+    make = begin(args.out, vars(args), [args.data, *paths, *filter(None, [args.prompts])], rewritable="models")
     logs = {names[path]: training_log(path) for path in paths}
     if make is None:
         print0(f"{args.out} is complete")

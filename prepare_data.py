@@ -27,6 +27,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import tempfile
 import zlib
 from collections import Counter
@@ -206,8 +207,7 @@ SHAPES = {  # name: (what for, keys that tell it, row -> answers and scores, or 
     "RM-Bench": ("prefs", "prompt chosen:3 rejected:3", lambda r: (r["chosen"] + r["rejected"], [1] * 3 + [0] * 3)),
     "scored list": ("prefs", "prompt responses scores", lambda r: (r["responses"], r["scores"])),
     "scored list, rewards": ("prefs", "prompt responses rewards", lambda r: (r["responses"], r["rewards"])),
-    "UltraFeedback": ("prefs", "prompt completions", lambda r: [
-        [c[key] for c in r["completions"]] for key in ("response", "overall_score")]),
+    "UltraFeedback": ("prefs", "prompt completions", lambda r: [[c[k] for c in r["completions"]] for k in ("response", "overall_score")]),
     "RM-Robustness": ("prefs", "prompt response_1_text all_scores", lambda r: (
         [r[f"response_{k}_text"] for k, _ in enumerate(r["all_scores"], 1)], r["all_scores"])),
     "labelled pair": ("prefs", "prompt output_1 output_2 label", lambda r: (  # label: 1 or 2, the better output
@@ -226,7 +226,7 @@ def parse(row, kind):
     fits = [name for name in wants if wants[name] <= has]
     near = min(wants, key=lambda name: len(wants[name] - has) / len(wants[name]))
     check(not {"prompt", "completion", "label"} <= has, "TRL unpaired: pair good with bad; for --sft keep the good, without label")
-    check(fits, f"has the keys {keys}, no known shape: rename them; {near} has {SHAPES[near][1]}")
+    check(fits, f"has the keys {keys} that are not null, no known shape: rename them; {near} has {SHAPES[near][1]}")
     check(len({SHAPES[name][2] for name in fits}) == 1 or kind == "prefs or sft",
           f"has the keys {keys}, {' or '.join(fits)}: ambiguous, remove the keys of all but one")
     what, _, read = SHAPES[fits[0]]
@@ -241,9 +241,8 @@ def parse(row, kind):
         same = all(t[:-1] == talks[0][:-1] and t[-1]["role"] == "assistant" for t in talks)
         check(same and len(talks) > 1, "not two answers to one prompt", Dropped)
         asked, own = messages(row.get("prompt", [])), talks[0][:-1]
-        parts = own and own[0]["role"] == "assistant"  # of the prompt; else it is in either, or in both
-        prompt, styles = asked + own if parts else max(own, asked, key=len), [0, 1, 2] * 2 * (fits[0] == "RM-Bench")
-        items = [(prompt, [t[-1]["content"] for t in talks], scores, styles)]
+        prompt = asked + own if own and own[0]["role"] == "assistant" else max(own, asked, key=len)  # of parts, in one, in both
+        items = [(prompt, [t[-1]["content"] for t in talks], scores, [0, 1, 2] * 2 * (fits[0] == "RM-Bench"))]
     check(items and all(prompt for prompt, *_ in items), "has no prompt (add the key prompt), or no answer")
     check(all(isinstance(t["content"], str) for prompt, *_ in items for t in prompt), "has a turn that is not a text")
     json.dumps(items, ensure_ascii=False).encode()  # half of a surrogate pair fails here, where the row is known
@@ -308,7 +307,7 @@ def encode_row(row, tok, max_length):
     prompt, responses, scores, dropped = [], [], [], []
     for text, score in zip(row["responses"], row["scores"]):
         try:
-            check(text.strip(), "empty", Dropped)
+            check(text.strip(), "empty, or not a text", Dropped)
             prompt = prompt or encode_prompt(tok, row["prompt"])
             ids = encode_response(tok, row["prompt"], text, prompt)
             check(len(prompt) + len(ids) <= max_length, "over-long", Dropped)
@@ -394,9 +393,9 @@ def fingerprint(path, whole=False):
                 digest.update(data.read(mib))
     return digest.hexdigest()[:16] if top.exists() else str(path)
 
-def begin(out, args, inputs, redo=False):
-    """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json says what
-    makes the result. What is of other arguments is kept (ValueError), but for results that have the key `redo` there."""
+def begin(out, args, inputs, rewritable=None):
+    """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json says what makes
+    the result. ValueError for an OUT of other arguments, unless that has the key `rewritable`, or an OUT.partial with checkpoints."""
     now = args | dict(out="", replicas=1, save_every=0, tokens_per_forward=0, replay=0, checkpoint_layers=0)  # no difference
     now = json.loads(json.dumps(now | dict(inputs={p: fingerprint(p) for p in inputs})))
     done, partial = Path(out), Path(f"{out}.partial")
@@ -404,8 +403,8 @@ def begin(out, args, inputs, redo=False):
     for folder in (f for f in (done, partial) if (f / "args.json").exists()):
         old = json.loads((folder / "args.json").read_text())
         diff = [f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(old | now) if old.get(k) != now.get(k)]
-        kept = redo not in old if folder == done else (folder / "checkpoints").exists()
-        check(not diff or not kept, f"{folder} is of other arguments ({'; '.join(diff)}); remove it or change --out")
+        kept = rewritable not in old if folder == done else (folder / "checkpoints").exists()
+        check(not diff or not kept, f"{folder} is of other arguments ({'; '.join(diff)}); remove it or change --out, OUT of run_all.sh")
         if folder == done and not diff:
             return None
     def make():
@@ -421,6 +420,7 @@ def run(main, doc, arguments):
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments(parser.add_argument)
     os.register_at_fork(after_in_child=lambda: ctypes.CDLL(None).prctl(1, 9))  # PR_SET_PDEATHSIG: workers end with this process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, until the steps of a trainer begin
     try:
         main(parser.parse_args())
         print(end="", flush=True)

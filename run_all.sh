@@ -25,7 +25,6 @@
 #              node: "--nnodes 2 --node-rank K --rdzv-backend c10d --rdzv-endpoint HOST:29500"
 set -euo pipefail
 cd "$(dirname "$0")"
-
 # -------------------------------------------------------------------------------- the settings
 ULTRACHAT=HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a:train_sft
 ROBUST=rm-robustness/ultrafeedback-valid  # arXiv 2505.07271
@@ -125,10 +124,11 @@ names = sys.argv[1:] if sys.argv[1:] != ["EVERY"] else [k for k in align.LOSSES 
 try:
     for name, _, changes in (name.partition("@") for name in names):
         flags = {c.split("=")[0]: c for c in changes.split(",") if c.split("=")[0] in os.environ["FLAGS"].split()}
+        align.check(all(float(flags[k][len(k) + 1:]) > 0 for k in {"lr", "batch-size", "epochs"} & {*flags}), f"{changes}: out of range")
         align.check(name != "reward", "reward is trained for madpo, and is no policy")
         align.check(name != "madpo" or not {"pairs", "min-gap"} & {*flags}, "its reward model wants them too: ALIGN_ARGS")
         align.configure(name, [c for c in changes.split(",") if c and c not in flags.values()])
-except (ValueError, ArithmeticError) as error: sys.exit(f"run_all.sh: LOSSES: {error}")
+except (ValueError, ArithmeticError) as error: sys.exit(f"run_all.sh: LOSSES: {error}; beside hyper-parameters K may be " + os.environ["FLAGS"])
 print(*names)' $LOSSES)
 recipe() { # the arguments of a stage in this setting, or those called `other`
   awk -v s="$SETTING" -v l="${1%%@*}" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }

@@ -309,7 +309,7 @@ def end_step(args, partial, bar, stop, scorer, optimizer, state, record):
         record["memory_gib"] = (gpu or getrusage(RUSAGE_SELF).ru_maxrss * 1024) / 2**30
         with open(partial / "metrics.jsonl", "a" if step > 1 else "w") as file:
             file.write(json.dumps(record) + "\n")
-    if step == bar.total or not (stop or args.save_every and step % args.save_every == 0):
+    if not stop and (step == bar.total or not args.save_every or step % args.save_every):
         return
     try:
         dcp.save(tensors(scorer, optimizer), checkpoint_id=folder / f"draft-{step}")

@@ -342,3 +342,16 @@ def test_an_edit_of_a_loss_or_of_what_it_calls_is_noticed(tmp_path, edit, name, 
         spec.loader.exec_module(module)
         hashes.append(module.code_of(module.LOSSES[name]))
     assert (hashes[0] != hashes[1]) == noticed
+
+
+def test_constants_and_functions_that_are_passed_on_count_as_well(tmp_path):
+    """A loss, the helper that it hands to map, and a constant: an edit of each changes the hash of this loss and of no other."""
+    mine = "SCALE = 2.0\n\ndef squash(x):\n    return x.tanh()\n\n@loss\ndef mine(pi):\n    return -SCALE * sum(map(squash, [pi.w, -pi.l]))\n\ndef configure("
+    text, hashes = (ROOT / "align.py").read_text().replace("def configure(", mine), []
+    for k, (old, new) in enumerate([("", ""), ("SCALE = 2.0", "SCALE = 3.0"), ("x.tanh()", "x.sin()")]):
+        (tmp_path / f"fork{k}.py").write_text(text.replace(old, new) if old else text)
+        spec = importlib.util.spec_from_file_location(f"fork{k}", tmp_path / f"fork{k}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        hashes.append([module.code_of(module.LOSSES[name]) for name in ("mine", "dpo", "amapo")])
+    assert len({mine for mine, *_ in hashes}) == 3 and hashes[0][1:] == hashes[1][1:] == hashes[2][1:]

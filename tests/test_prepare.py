@@ -530,7 +530,7 @@ def test_real_hh_and_sharegpt(toks):
     agree = [(a[2].strip(), b[2].strip()) for a, b in cut if a[0] == b[0]]
     good = [pair for pair in agree if all(pair) and pair[0] != pair[1]]
     assert report["rows_in"] == len(raw) == 2312 and report["dropped"]["not two answers to one prompt"] == len(raw) - len(agree) == 5
-    assert report["dropped"]["empty"] == sum(not all(pair) for pair in agree)
+    assert report["dropped"]["empty, or not a text"] == sum(not all(pair) for pair in agree)
     assert len(raw) == len(rows) + sum(report["dropped"].values()) and report["shapes"] == {"hh-rlhf": 2307}
     assert len(rows) + report["dropped"].get("duplicate", 0) == len(good)
     pairs = [tuple(tok.decode(ids, skip_special_tokens=True).strip() for ids in row) for row in rows["responses"]]

@@ -127,7 +127,8 @@ def test_a_misspelt_loss_is_refused_before_the_first_stage(tmp_path):
     import sys
 
     for losses, word in (("dpo simppo", "simppo: unknown"), ("dpo@betta=1", "dpo has no betta"), ("ipo@beta=0", "division by zero"),
-                         ("dpo reward", "no policy"), ("madpo@min-gap=2", "ALIGN_ARGS")):
+                         ("dpo reward", "no policy"), ("madpo@min-gap=2", "ALIGN_ARGS"),
+                         ("dpo@lr=0", "out of range"), ("dpo@lr=abc", "could not convert"), ("dpo@batch_size=3", "batch-size")):
         done = subprocess.run(["bash", ROOT / "run_all.sh"], capture_output=True, text=True, env=os.environ | dict(
             PYTHON=sys.executable, OUT=str(tmp_path / "o"), LOSSES=losses))
         assert done.returncode == 1 and word in done.stderr.splitlines()[-1] and not list(tmp_path.iterdir())

@@ -556,7 +556,7 @@ def test_reward_model_its_folder_its_margins_and_madpo(align, data, models, tmp_
 
 
 def test_an_edited_loss_is_not_taken_for_the_finished_run(align, tmp_path):
-    """The same command after a change in the function's body names `loss_code`; the stage runs from a copy of the repository."""
+    """The same command after a change in the function's body names `code_of_the_loss`; the stage runs from a copy of the repository."""
     import shutil
 
     for name in ("prepare_data.py", "sft.py", "align.py"):
@@ -565,7 +565,7 @@ def test_an_edited_loss_is_not_taken_for_the_finished_run(align, tmp_path):
     run_here(tmp_path / "align.py", *job[1:])
     text = (tmp_path / "align.py").read_text()
     (tmp_path / "align.py").write_text(text.replace("(pi.w / pi.nw - pi.l / pi.nl) - gamma)", "(pi.w / pi.nw - pi.l / pi.nl) + gamma)"))
-    with pytest.raises(SystemExit, match="loss_code: "):
+    with pytest.raises(SystemExit, match="code_of_the_loss: "):
         run_here(tmp_path / "align.py", *job[1:])
 
 
