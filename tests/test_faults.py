@@ -7,6 +7,7 @@ known and the one before it used; what is wrong is one line that names the file,
 """
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -94,6 +95,20 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(name, n, code
         apart, scale = (sum(x.square().sum() for x in xs) ** 0.5 for xs in ((a[k] - b[k] for k in a), a.values()))
         assert len(metrics(tmp_path / "o")) == 100 and apart < 1e-4 * scale
     assert {f.name for f in (tmp_path / "o").iterdir()} == {f.name for f in (whole / "long").iterdir()}
+
+
+def test_a_signal_in_the_last_step_stops_too(align, whole, tmp_path, monkeypatch):
+    """Else a chain of stages would go on after Ctrl-C. The same command only has to save the model."""
+    import sft as model_side
+
+    update = model_side.update
+    monkeypatch.setattr(model_side, "update", lambda *args, **kwargs: (update(*args, **kwargs)[0], signal.SIGINT * (args[5:6] == (6,))))
+    with pytest.raises(SystemExit) as error:
+        run_here(*align(tmp_path / "o", *SHORT))
+    assert error.value.code == 130 and not (tmp_path / "o").exists()
+    monkeypatch.undo()
+    run_here(*align(tmp_path / "o", *SHORT))
+    assert equal(tmp_path / "o", whole / "short")
 
 
 def test_a_second_signal_exits_at_once(monkeypatch):
@@ -318,21 +333,23 @@ def test_memory_does_not_grow_over_1000_steps(loss, align, tmp_path):
     assert peak[999] - peak[300] < 0.01
 
 
-def test_workers_do_not_outlive_a_killed_stage(tokenizer, tmp_path):
-    """prepare_data.py tokenises in several processes; SIGKILL of the stage leaves none of them."""
+@pytest.mark.parametrize("how", ["kill", "Ctrl-C"])
+def test_workers_do_not_outlive_a_killed_stage(how, tokenizer, tmp_path):
+    """prepare_data.py tokenises in several processes; SIGKILL of the stage, or SIGINT of its group, leaves none of them."""
     rows = [json.dumps(dict(prompt=f"{k} the cat", completion="sat on a mat " * 50)) for k in range(3000)]
     (tmp_path / "sft.jsonl").write_text("\n".join(rows))
     code = f"import os, runpy, sys; os.cpu_count = lambda: 3; sys.argv, sys.path[0] = sys.argv[1:], {str(ROOT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
     stage = subprocess.Popen([sys.executable, "-c", code, *command("prepare_data.py", "--model", tokenizer, "--sft", tmp_path / "sft.jsonl", "--out",
-                                                                   tmp_path / "out")[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                                                                   tmp_path / "out")[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             start_new_session=True)
     children = lambda: Path(f"/proc/{stage.pid}/task/{stage.pid}/children").read_text().split()
     alive = lambda pid: Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     until = time.time() + 60
     while len(workers := children()) < 3:
         assert time.time() < until and stage.poll() is None
         time.sleep(0.02)
-    stage.kill()
-    stage.wait()
+    stage.kill() if how == "kill" else os.killpg(stage.pid, signal.SIGINT)
+    assert stage.wait(timeout=10) == (-signal.SIGKILL if how == "kill" else -signal.SIGINT)
     until = time.time() + 10
     while any(map(alive, workers)):
         assert time.time() < until
