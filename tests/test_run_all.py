@@ -4,8 +4,10 @@
 """
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -124,11 +126,23 @@ echo started > {tmp_path}/log; for k in $(seq 200); do sleep 0.1; done""")
 
 
 def test_a_misspelt_loss_is_refused_before_the_first_stage(tmp_path):
-    import sys
+    done = subprocess.run(["bash", ROOT / "run_all.sh"], capture_output=True, text=True, env=os.environ | dict(
+        PYTHON=sys.executable, OUT=str(tmp_path / "o"), LOSSES="dpo simppo"))
+    assert done.returncode == 1 and "simppo: unknown" in done.stderr.splitlines()[-1] and not list(tmp_path.iterdir())
 
-    for losses, word in (("dpo simppo", "simppo: unknown"), ("dpo@betta=1", "dpo has no betta"), ("ipo@beta=0", "division by zero"),
-                         ("dpo reward", "no policy"), ("madpo@min-gap=2", "ALIGN_ARGS"),
-                         ("dpo@lr=0", "out of range"), ("dpo@lr=abc", "could not convert"), ("dpo@batch_size=3", "batch-size")):
-        done = subprocess.run(["bash", ROOT / "run_all.sh"], capture_output=True, text=True, env=os.environ | dict(
-            PYTHON=sys.executable, OUT=str(tmp_path / "o"), LOSSES=losses))
-        assert done.returncode == 1 and word in done.stderr.splitlines()[-1] and not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("losses, word", [
+    ("dpo@betta=1", "dpo has no betta"), ("ipo@beta=0", "division by zero"), ("dpo reward", "no policy"), ("madpo@min-gap=2", "ALIGN_ARGS"),
+    ("dpo@lr=0", "out of range"), ("dpo@lr=abc", "could not convert"), ("dpo@batch_size=3", "batch-size"), ("amapo@beta=3,lr=1e-4 dpo", None)])
+def test_wrong_losses_are_refused_with_the_reason(losses, word, monkeypatch, capsys):
+    """The check that run_all.sh makes before its first stage, run here."""
+    text = (ROOT / "run_all.sh").read_text()
+    code = re.search(r"-c '(import os, sys, align.*?)' \$LOSSES", text, re.S)[1]
+    monkeypatch.setenv("FLAGS", re.search(r'^FLAGS="(.*?)"', text, re.M)[1])
+    monkeypatch.setattr(sys, "argv", ["-c", *losses.split()])
+    if word:
+        with pytest.raises(SystemExit, match=word):
+            exec(code, {})
+    else:
+        exec(code, {})
+        assert capsys.readouterr().out == f"{losses}\n"
