@@ -389,7 +389,7 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
                   pi_square=of(leaf[-len(n) :].detach(), two), kl=(leaf[last] - ref[last]).detach(), state=state)
     out = function(*(supply[k] for k in function.wants), **hp)
     out = out if "state" in function.wants else (out, {})
-    sound = isinstance(out, tuple) and torch.is_tensor(out[0]) and isinstance(out[1], dict)
+    sound = isinstance(out, tuple) and [*map(type, out)] == [torch.Tensor, dict]
     check(sound and out[0].shape == leaf[0].shape, f"{function.__name__} must return (G,) losses, one a pair "
           "and not their mean; one that takes `state` (losses, new state)")
     return out[0] - sft_weight * leaf[0] / n[0], out[1]

@@ -304,6 +304,8 @@ MISTAKES = {  # what somebody might write under @loss: (the function, batch, wha
     "unknown supply": (lambda pi, logits: pi.l - pi.w, False, "the loop has pi ref"),
     "state of single pairs": (lambda pi, state: (pi.l - pi.w, state), False, "`state` is for"),
     "state forgotten": (lambda pi, state: pi.l - pi.w, True, "(losses, new state)"),
+    "state is none": (lambda pi, state: (pi.l - pi.w, None), True, "(losses, new state)"),
+    "half of it": (lambda pi, state: (pi.l - pi.w,), True, "(losses, new state)"),
     "state unasked": (lambda pi: (pi.l - pi.w, {}), True, "must return (G,) losses"),
     "reduced": (lambda pi: (pi.l - pi.w).mean(), False, "must return (G,) losses"),
     "nothing returned": (lambda pi: None, False, "must return (G,) losses"),
