@@ -78,7 +78,6 @@ noise      dpo robust simpo@gamma=0 simpo amapo                                 
 perplexity dpo simpo@gamma=0 simper amapo amapo@exp=false                              | --generate 100 --max-new-tokens 64
 frontier   dpo dpo@beta=0.1 dpo@beta=0.03 simpo@gamma=0 simpo simpo@beta=2 amapo amapo@beta=2.5 | --generate 100 --max-new-tokens 64
 "
-
 # --------------------------------------------------------------------------------- environment
 install() { # requirements files into .venv, again when they change; a given PYTHON is only asked for what it lacks
   if [ -z "${PYTHON:-}" ]; then
@@ -166,6 +165,7 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
     sft_source=() && [ "$SFT_DATA" = none ] || sft_source=(--sft "$SFT_DATA")
     "${watched[@]}" "$PYTHON" prepare_data.py --model "$MODEL" "${sft_source[@]}" --prefs "$PREF_DATA" \
       --eval ${EVAL_DATA:-} --max-length "$MAX_LENGTH" --seed "$SEED" --out "$OUT/data" ${PREPARE_ARGS:-}
+    [[ " ${PREPARE_ARGS:-}" != *" --dry-run"* ]] || exit 0
   fi
   [ "$MODEL" != toy ] || MODEL=$OUT/data/model
   SFT=$MODEL

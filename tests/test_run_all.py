@@ -101,6 +101,11 @@ def test_what_would_fail_late_is_refused_early(run_all):
         assert code == 2 and word in err and not lines
 
 
+def test_a_dry_run_ends_after_the_first_stage(run_all):
+    code, lines, _ = run_all(PREPARE_ARGS="--max-length 9 --dry-run")
+    assert code == 0 and len(lines) == 1 and lines[0].endswith("--out o/data --max-length 9 --dry-run")
+
+
 def test_a_stage_stops_when_the_chain_is_killed_and_two_chains_do_not_share_an_out(tmp_path):
     """The stage writes down the SIGTERM that it gets when its shell dies, even by SIGKILL."""
     (tmp_path / "python").write_text(f"""#!/usr/bin/env bash
