@@ -29,7 +29,7 @@ import torch.distributed as dist
 import tqdm
 import transformers
 
-from prepare_data import TASKS, begin, check, encode_prompt, load_tokenizer, run, true_reward
+from prepare_data import TASKS, begin, check, encode_prompt, fingerprint, load_tokenizer, run, true_reward
 from sft import check_vocabulary, load_model, load_rows, on_rank0, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------------------- scores
@@ -405,8 +405,8 @@ def main(args):
     results = dict(
         args=json.loads((out / "args.json").read_text()), ref=names.get(args.ref), models={}, generation={},
         kinds=["average", "sum", "implicit"][: 3 if args.ref else 2], absent={s: sections(labels[s])[2] for s in sets},
-        audit={name: audit(lines) for name, lines in logs.items()},
-        longer_wins={s: measure(labels[s], lengths[s]) for s in sets},
+        audit={name: audit(lines) for name, lines in logs.items()}, longer_wins={s: measure(labels[s], lengths[s]) for s in sets},
+        templates={names[p]: fingerprint(Path(p) / "chat_template.jinja") for p in paths},
         versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     for path in paths:
         every = results["models"][names[path]] = {kind: {} for kind in results["kinds"]}

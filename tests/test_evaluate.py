@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate as E
+from prepare_data import fingerprint
 
 Z = 1.959963985  # the normal distribution's 97.5 % point
 
@@ -260,6 +261,7 @@ def world(tmp_path_factory):
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         transformers.LlamaForCausalLM(config).save_pretrained(top / name)
+    (top / "a/chat_template.jinja").write_text("{{ messages }}")
     shutil.copytree(top / "a", top / "copy")
     ids = lambda low, high: [rng.randrange(60) for _ in range(rng.randint(low, high))]
     sets = dict(pairs=([1.0, 0.0], [], 9), lists=([2.0, 1.0, 1.0, 0.0], [], 6), bench=([1.0] * 3 + [0.0] * 3, [0, 1, 2] * 2, 7))
@@ -370,6 +372,7 @@ def test_one_set_and_a_second_call(world, capsys):
     assert "\n| a   " in table and all(table in text for text in outputs)
     assert "complete" in outputs[1] and stamps[0] == stamps[1]  # nothing was written again
     results = json.loads((world / "single/results.json").read_text())
+    assert results["templates"] == {"a": fingerprint(world / "a/chat_template.jinja")} and results["versions"]["torch"] == torch.__version__
     assert list(results["longer_wins"]) == ["pairs"] and results["args"]["inputs"].keys() == {str(world / "a"), str(world / "eval/pairs")}
 
 
