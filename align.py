@@ -535,15 +535,15 @@ def main(args):
         margins = json.loads(Path(args.margins).read_text())
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]
         check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
-    if not (ready := start(args, reward=args.loss == "reward", hp=hp, code_of_the_loss=code_of(function))):
+    if not (ready := start(args, args.loss == "reward", filter(None, [args.margins]), hp=hp, code_of_the_loss=code_of(function))):
         return
     device, data, tok, scorer, optimizer, partial = ready
     epoch = math.ceil(len(pairs) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * epoch)
     print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} a step "
            f"= {steps} steps{' (so few change little)' * (steps < 20)}, on {dist.get_world_size()} {device.type} process(es)")
-    wanted, once = {"ref", "ref_head", "kl"} & {*supply}, min(steps, epoch)
-    reference = wanted and reference_scores(scorer, data, pairs, supply, args, device, once)
+    wanted = {"ref", "ref_head", "kl"} & {*supply}
+    reference = wanted and reference_scores(scorer, data, pairs, supply, args, device, min(steps, epoch))
     scorer.squares = "pi_square" in supply
     first, saved = load_checkpoint(partial, scorer, optimizer)
     state, origin = saved or ({}, None)  # of the loss; the first step's metrics

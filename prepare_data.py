@@ -160,7 +160,6 @@ def read_source(source, seed=0):
         return [row for part in parts if part for row in read_source(part, seed)]
     if source.startswith("toy:"):
         return [(source, row) for row in toy_rows(source[4:], seed)]
-    hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w+))?(?::(\S+))?", source)
     if path.is_file() and path.suffix != ".parquet":
         try:
             text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode("utf-8-sig")
@@ -175,6 +174,7 @@ def read_source(source, seed=0):
         rows = [row for part in (rows.values() if isinstance(rows, dict) else [rows]) for row in part]
         rows = [json.loads(row["meta"]) if {"meta", "style"} <= {*row} else row for row in rows]
     else:
+        hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w+))?(?::(\S+))?", source)
         check(hub and not re.fullmatch(files, source), f"{source}: no such file or folder, nor a hub id (id[@revision][:split])")
         rows = load_dataset(hub[1], revision=hub[2], split=hub[3] or "train")
     own = lambda row: row | dict(domain=row.get("domain") or path.name.split(".")[0])

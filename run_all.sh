@@ -122,11 +122,12 @@ LOSSES=$(FLAGS=$FLAGS "$PYTHON" -c 'import os, sys, align
 names = sys.argv[1:] if sys.argv[1:] != ["EVERY"] else [k for k in align.LOSSES if k != "reward"]
 try:
     for name, _, changes in (name.partition("@") for name in names):
-        flags = {c.split("=")[0]: c for c in changes.split(",") if c.split("=")[0] in os.environ["FLAGS"].split()}
-        align.check(all(float(flags[k][len(k) + 1:]) > 0 for k in {"lr", "batch-size", "epochs"} & {*flags}), f"{changes}: out of range")
+        changes = {k: v for k, _, v in (c.partition("=") for c in changes.split(",") if c)}
+        flags = {*changes} & {*os.environ["FLAGS"].split()}
+        align.check(all(float(changes[k]) > 0 for k in flags & {"lr", "batch-size", "epochs"}), f"{name}, {changes}: out of range")
         align.check(name != "reward", "reward is trained for madpo, and is no policy")
-        align.check(name != "madpo" or not {"pairs", "min-gap"} & {*flags}, "its reward model wants them too: ALIGN_ARGS")
-        align.configure(name, [c for c in changes.split(",") if c and c not in flags.values()])
+        align.check(name != "madpo" or not flags & {"pairs", "min-gap"}, "its reward model wants them too: ALIGN_ARGS")
+        align.configure(name, [f"{k}={changes[k]}" for k in changes if k not in flags])
 except (ValueError, ArithmeticError) as error: sys.exit(f"run_all.sh: LOSSES: {error}; beside hyper-parameters K may be " + os.environ["FLAGS"])
 print(*names)' $LOSSES)
 recipe() { # the arguments of a stage in this setting, or those called `other`

@@ -403,9 +403,9 @@ def check_vocabulary(data, model):
     check(not vocab or vocab[0] == vocab[-1] and len(vocab[0]) <= size,
           f"{data} was prepared with another tokenizer than that of {model}")
 
-def start(args, reward=False, **also):
+def start(args, reward=False, files=(), **also):
     """Device, rows, tokenizer, scorer, optimizer and OUT.partial of a trainer; None if OUT is
-    complete. Bad arguments fail here. also: what makes the result, besides args."""
+    complete. Bad arguments fail here. files, also: what makes the result, besides args."""
     device, rows = setup(), load_rows(args.data)
     positive = "batch_size", "clip", "epochs", "lr", "replicas", "tokens_per_forward"
     for name, value in vars(args).items():
@@ -416,7 +416,7 @@ def start(args, reward=False, **also):
     check_vocabulary(args.data, args.model)
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
     also |= dict(processes=[dist.get_world_size(), args.replicas]) if args.optimizer == "adamw8bit" else {}
-    make = begin(args.out, vars(args) | also, [args.data, args.model, getattr(args, "margins", None) or args.data])
+    make = begin(args.out, vars(args) | also, [args.data, args.model, *files])
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
         return print0(f"{args.out} is complete")
