@@ -316,19 +316,19 @@ def write_tables(folder, tables, logs):
         from matplotlib.figure import Figure
     except ImportError:
         return print("no figures.png: matplotlib is not installed")
-    figure, keys = Figure((15, 9)), "accuracy margin logp_chosen logp_rejected grad_misranked"
-    axes = figure.subplots(2, 3).flat
-    for ax, key in zip(axes, keys.split()):
-        ax.set(xlabel="step", ylabel=key)
+    axes = (figure := Figure((15, 9), layout="constrained")).subplots(2, 3).flat
+    for ax, key in zip(axes, ("accuracy", "margin", "logp_chosen", "logp_rejected", "grad_misranked")):
+        ax.set(xlabel="step", ylabel=key, visible=bool(logs))
         for name, lines in logs.items():
             ax.plot([x["step"] for x in lines], [x[key] for x in lines], label=name)
     axes[0].legend(fontsize="small") if logs else None
-    axes[5].set(xlabel="KL to the reference, nats a response", ylabel="true reward")
-    for name, line in tables.get("Samples (see README)", {}).items():
+    samples = tables.get("Samples (see README)", {})
+    axes[5].set(xlabel="KL to the reference, nats a response", ylabel="true reward", visible=any(samples.values()))
+    for name, line in samples.items():
         if "kl" in line and "reward" in line:
             axes[5].plot(line["kl"][0], line["reward"][0], "o")
             axes[5].annotate(name, (line["kl"][0], line["reward"][0]), fontsize="small")
-    figure.savefig(folder / "figures.png", bbox_inches="tight")
+    figure.savefig(folder / "figures.png")
 
 # ------------------------------------------------------------------------------------------ main
 def find_sets(root):
@@ -380,7 +380,7 @@ def main(args):
     short = [Path(p).name for p in paths]
     names = {p: n if short.count(n) == 1 else p.replace("/", "_") for p, n in zip(paths, short)}
     make = begin(args.out, vars(args), [args.data, *paths, *filter(None, [args.prompts])], rewritable="models")
-    logs = {names[path]: training_log(path) for path in paths}
+    logs = {names[path]: log for path in paths if (log := training_log(path))}
     if make is None:
         print0(f"{args.out} is complete")
         return dist.get_rank() or write_tables(Path(args.out), load_results(args.out)[1], logs)

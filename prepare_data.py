@@ -5,8 +5,8 @@ Every data set becomes a `datasets` folder of rows, a prompt with n scored respo
     id: str   prompt: list[int]   responses: list[list[int]]   scores: list[float]
     domain: str   style: list[int]   meta: str (the source row as JSON)
 
-n is 1 for demonstrations, 2 for pairs (scores [1, 0] or the data's own), 6 for RM-Bench, any number for
-a list. Prompts hold the one BOS (if the model has one) and the generation prompt, responses one end token, last.
+n: 1 for demonstrations, 2 for pairs (scores [1, 0] or the data's own), 6 for RM-Bench, any for a list.
+A prompt has the one BOS (if the model has one) and the generation prompt, a response one end token, last.
 Writes OUT/sft, train, eval/NAME, tokenizer (with the chat template), report.json; for toy also model.
 
     python prepare_data.py --model toy --out runs/data       # the toy world with all its sets: 40 s
@@ -84,8 +84,7 @@ def true_reward(meta, text):
     """In [0, 2]: the share of items in the right place, plus 1 if all is right. meta: of a row."""
     truth = (json.loads(meta) if isinstance(meta, str) else meta)["answer"]
     found = [int(d) for d in re.findall(r"\d", text.rsplit(":", 1)[-1])]  # after the last colon
-    right = sum(a == b for a, b in zip(found, truth))
-    return right / max(len(found), len(truth)) + (found == truth)
+    return sum(a == b for a, b in zip(found, truth)) / max(len(found), len(truth)) + (found == truth)
 
 def toy_rows(split, seed):
     """The rows of a split of the toy world, in the shapes that real data have. Deterministic. +noise=P flips labels of
@@ -177,6 +176,8 @@ def read_source(source, seed=0):
         hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w+))?(?::(\S+))?", source)
         check(hub and not re.fullmatch(files, source), f"{source}: no such file or folder, nor a hub id (id[@revision][:split])")
         rows = load_dataset(hub[1], revision=hub[2], split=hub[3] or "train")
+        commit = re.findall(r"\b[0-9a-f]{40}\b", str(rows.cache_files)) or [hub[2] or "main"]  # its folder in the cache is named by it
+        source, path = f"{hub[1]}@{commit[0]}:{hub[3] or 'train'}", Path(hub[1])
     own = lambda row: row | dict(domain=row.get("domain") or path.name.split(".")[0])
     return [(f"{source}, row {k}", own(row) if isinstance(row, dict) else row) for k, row in enumerate(rows, 1)]
 
@@ -287,8 +288,7 @@ def end_of_turn(tok):
 def encode_prompt(tok, turns):
     """Token ids of head = template(turns, generation prompt), with one BOS if the model has one."""
     ids = tok(render(tok, turns, add_generation_prompt=True), add_special_tokens=False).input_ids
-    bos = tok.bos_token_id
-    check(bos in (None, tok.eos_token_id) or ids.count(bos) < 2, "more than one BOS", Dropped)
+    check(tok.bos_token_id in (None, tok.eos_token_id) or ids.count(tok.bos_token_id) < 2, "more than one BOS", Dropped)
     return ids
 
 def encode_response(tok, turns, answer, prompt):
@@ -357,7 +357,8 @@ def parse_source(source, seed, kind, excluded=()):
             seen[all_of_it] = "duplicate"
             parsed.append(dict(zip(("prompt", "responses", "scores", "style"), item), id=str(name),
                                domain=str(domain), meta=json.dumps(row, default=str)))
-    return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped)
+    read = dict.fromkeys(where.split(", row ")[0] for where, _ in raw)
+    return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped, source={x: fingerprint(x) for x in read})
 
 def build(source, tok, args, kind, excluded=()):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
@@ -378,8 +379,7 @@ def build(source, tok, args, kind, excluded=()):
     wins = [n > m for ns, xs in zip(lengths, rows["scores"]) for n, x in zip(ns, xs) for m, y in zip(ns, xs) if x > y]
     percentiles = lambda x: {p: sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
     return rows, report | dict(kept=len(rows), longer_wins=round(sum(wins) / len(wins), 4) if wins else None,
-        prompt_tokens=percentiles([*map(len, rows["prompt"])]), response_tokens=percentiles([n for ns in lengths for n in ns]),
-        source={part: fingerprint(part) for part in source.split(",") if part})
+        prompt_tokens=percentiles([*map(len, rows["prompt"])]), response_tokens=percentiles([n for ns in lengths for n in ns]))
 
 def fingerprint(path, whole=False):
     """Hash of a file or folder: names, sizes, first and last MiB of the files, or all of them. A hub id is its own."""

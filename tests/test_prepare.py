@@ -233,6 +233,17 @@ def test_sources_of_every_kind_give_the_same_rows(toks, tmp_path):
     assert again["meta"] == [row["meta"] for row in tables[0]] and again["prompt"] != [row["prompt"] for row in tables[0]]
 
 
+@pytest.mark.parametrize("source, asked, read", [  # there is no hub here: the library's cache, as its folders are named, and its call
+    ("a/b-c", (None, "train"), "a/b-c@" + 5 * "01234567" + ":train"), ("a/b-c:test", (None, "test"), "a/b-c@" + 5 * "01234567" + ":test"),
+    ("a/b-c@v1:test", ("v1", "test"), "a/b-c@" + 5 * "01234567" + ":test")])
+def test_a_set_of_the_hub_is_named_by_the_commit_that_was_read(toks, tmp_path, monkeypatch, source, asked, read):
+    asks, cache = [], tmp_path / "a___b-c" / "default" / "0.0.0" / (5 * "01234567")
+    datasets.Dataset.from_list([dict(chosen=say(U, A), rejected=say(U, B))]).save_to_disk(cache)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision, split: asks.append((name, revision, split)) or datasets.load_from_disk(cache))
+    rows, report = P.build(source, toks["chatml"], settings_of(500), "train")
+    assert asks == [("a/b-c", *asked)] and report["source"] == {read: read} and rows["domain"] == ["b-c"]
+
+
 def test_dropped_and_counted(toks, tmp_path):
     tok, reasons = toks["chatml"], set()
     length = max(len(row["prompt"] + row["responses"][0]) for row in build(tmp_path, tok, [PAIR])[0])
