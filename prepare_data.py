@@ -298,8 +298,7 @@ def encode_response(tok, turns, answer, prompt):
     text = render(tok, [*turns, dict(role="assistant", content=answer)]).removesuffix(tail)
     ids = tok(text + tok.convert_ids_to_tokens(end), add_special_tokens=False).input_ids
     check(ids[: len(prompt)] == prompt, "prompt is no prefix: tokens merge at its end, or the template changes it", Dropped)
-    inside = {end, tok.bos_token_id, tok.eos_token_id} & {*ids[len(prompt) : -1]}
-    check(not inside, "special token inside an answer", Dropped)
+    check(not {end, tok.bos_token_id, tok.eos_token_id} & {*ids[len(prompt) : -1]}, "special token inside an answer", Dropped)
     return ids[len(prompt) :]
 
 def encode_row(row, tok, max_length):

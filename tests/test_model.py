@@ -6,6 +6,7 @@ the learning rate; both optimizers; the saved folder. One process; two processes
     python -m pytest tests/test_model.py -q
 """
 
+import functools
 import json
 import math
 import random
@@ -19,7 +20,10 @@ import transformers
 from conftest import ARCHITECTURES, plain_model, process_group, reference_logp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
+import align
 import sft
 
 CPU = torch.device("cpu")
@@ -228,6 +232,48 @@ def test_flash_attention_on_cuda_is_that_of_the_masked_path(window):
         results.append([x.float().cpu() for x in (out, *grads)])
     for a, b in zip(*results):
         assert close(a, b, 0.02)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built() or torch.__version__ < "2.11", reason="a torch with CUDA, 2.11 or newer, is needed")
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "losses"])
+def test_a_step_on_a_gpu_mixes_neither_devices_nor_types(name, models, monkeypatch):
+    """Needs no GPU: tensors with a CUDA device, type and shape but no data (FakeTensor) go through the bf16 forward and every loss. Such
+    tensors cannot be differentiated without a device: gradients are zeros here, of the shape, type and device that they must have."""
+    cuda, pack, seen, losses = torch.device("cuda", 0), sft.pack, [], [align.amapo, align.wpo]
+
+    def pack_for_real(*args):
+        with _disable_current_modes():
+            return pack(*args)
+
+    def backward(outs, grads):
+        assert [(x.shape, x.dtype, x.device) for x in outs] == [(g.shape, g.dtype, g.device) for g in grads]
+        seen.extend(outs)
+
+    monkeypatch.setattr(sft, "pack", pack_for_real)
+    monkeypatch.setattr(torch.autograd, "grad", lambda out, leaf: (torch.zeros_like(leaf),))
+    monkeypatch.setattr(torch.autograd, "backward", backward)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: seen.append(x))
+    for module in (sft, align):
+        monkeypatch.setattr(module, "check", lambda condition, message: None)  # some ask for values
+    if name == "losses":  # without reward, which has no log-probs, and betadpo, which draws by the number of the step, a value
+        losses = [loss for loss in align.LOSSES.values() if loss not in (align.reward, align.betadpo)]
+        monkeypatch.setattr(align, "score", lambda scorer, rows, micro, device: torch.zeros(
+            len(micro) * len(rows[0][1]) * (1 + scorer.squares), device=device))
+    rows = [([1, 2, 3], [[4, 5, 6, 7], [8, 9]]), ([1, 2], [[4, 5], [8, 9, 3, 3, 3]])]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        config = transformers.AutoConfig.from_pretrained(models[name if name in models else "llama"])
+        with cuda:
+            lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=torch.bfloat16)
+        scorer, gap = sft.Scorer(lm).eval(), torch.ones(2, dtype=torch.float64, device=cuda)
+        for loss in losses:
+            more, scorer.squares = 2 * ("pi_head" in loss.wants) + ("kl" in loss.wants), "pi_square" in loss.wants
+            wide = [(prompt, [*two, *[[7]] * more]) for prompt, two in rows]
+            lengths, state = torch.ones(2 + more, 2, dtype=torch.float64, device=cuda), {}
+            for replay in (False, True):
+                of = functools.partial(align.apply_loss, loss, loss.hp, 0.1, lengths, lengths, gap, state)
+                *numbers, state = align.backward(scorer, wide, of, loss.batch, replay, 8, cuda)
+                assert all(x.device == cuda and x.dtype == torch.float64 for x in numbers)
+    assert len(seen) > 5 * len(losses) and {x.device for x in seen} == {cuda}
 
 
 def test_learning_rate():
