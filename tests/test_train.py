@@ -431,6 +431,26 @@ def test_bfloat16_folder_prints_the_share_of_changes_that_survive(align, models,
     assert 0 < kept < moved and share == pytest.approx(100 * kept / moved, abs=0.051)
 
 
+@pytest.mark.parametrize("name, more", [("dpo", []), ("dpo", ["--replay", *SMALL]), ("amapo", []), ("amapo", ["--replay", *SMALL]),
+                                        ("amapo", ["--checkpoint-layers", 9]), ("sft", SMALL), ("simpo", ["--optimizer", "adamw8bit"])])
+def test_in_bfloat16_as_on_a_gpu(name, more, align, sft, data, runs, models, tmp_path, monkeypatch):
+    """The mixed precision of a GPU, here on the CPU: layers compute in bf16, whose rounding is 2^-9; weights and what steps them are fp32.
+    So the first step is near that of fp32 (dpo's loss is ln 2 all the same), weights move the same way, and few have as few digits as bf16."""
+    import sft as stage
+    policy, attention, seen = torch.distributed.fsdp.MixedPrecisionPolicy, torch.nn.functional.scaled_dot_product_attention, []
+    for module in (torch.distributed.fsdp, stage):
+        monkeypatch.setattr(module, "MixedPrecisionPolicy", lambda param, reduce: policy(torch.bfloat16, reduce))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.dtype) or attention(q, *a, **k))
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("reference"))  # which is one of fp32
+    job = sft(tmp_path / "o", *SIX, *more) if name == "sft" else align(name, tmp_path / "o", *SIX, *more)
+    run_here(*job, "--data", tmp_path / "data" / ("sft" if name == "sft" else "train"))
+    assert {*seen} == {torch.bfloat16}
+    one, other = metrics(tmp_path / "o")[0], metrics(runs[name])[0]
+    assert abs(one["loss"] - other["loss"]) < (1e-6 if name == "dpo" else 0.03) and abs(one["grad_norm"] / other["grad_norm"] - 1) < 0.01
+    start, full, half = (torch.cat([v.flatten() for v in weights(folder).values()]) for folder in (models["llama"], runs[name], tmp_path / "o"))
+    assert torch.cosine_similarity(half - start, full - start, 0) > 0.98 and (half.bfloat16() == half).double().mean() < 0.01
+
+
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "mistral"])
 def test_other_architectures_pass_through_all_stages(name, data, models, tmp_path):
     more = ["--batch-size", 9, "--max-steps", 2, "--lr", 1e-3]
