@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,8 @@ CUDA_SIDES = CPU_SIDES | {  # beside 8B no live reference fits; what else does n
 PLANS = dict(cpu=dict(
     shape=SHAPES["19M"], weights="float32", optimizer="adamw", lr=1e-4,  # weights: on disk; in memory fp32
     scale=0.5, batch=16, tokens=2048, warm=0, timed=3, repeats=2,  # of real lengths; pairs a step; tokens a forward; steps; runs
-    sides=CPU_SIDES, matmul=2048, ablation_warm=0, ablation_timed=1,  # rows of the matrices of the peak; steps
+    sides=CPU_SIDES, matmul=2048, ablation_warm=1, ablation_timed=1,  # rows of the matrices of the peak; steps
+    compiled=bool(shutil.which("g++")),  # the ablation has compiled layers too
     small=SHAPES["1M"], lengths=(256, 512, 1024, 2048, 4096, 8192), vocabularies=(8192, 32768, 131072),
     processes=((1, 1), (1, 2), (2, 1)),  # (processes, threads of each)
     prompts=24, eval_tokens=4096, inline=False))  # RM-Bench's; tokens a forward; jobs inside this process
@@ -66,7 +68,7 @@ PLANS["cuda-1b"] = PLANS["cuda"] | dict(shape=SHAPES["1B"], optimizer="adamw", t
 PLANS["tiny"] = PLANS["cuda"] | dict(
     shape=SHAPES["tiny"], optimizer="adamw8bit" if installed("bitsandbytes") else "adamw", lr=1e-4, scale=0.05, batch=16, tokens=128,
     warm=1, timed=2, repeats=1, matmul=64, ablation_timed=1, small=SHAPES["tiny"], lengths=(16, 32), vocabularies=(160, 320),
-    processes=((1, 1), (2, 1)), prompts=3, eval_tokens=256, inline=True)
+    processes=((1, 1), (2, 1)), prompts=3, eval_tokens=256, inline=True, compiled=False)
 LIMITS = dict(loss=0.01, norm=0.02, score=0.01) if CUDA else dict(loss=1e-4, norm=1e-3, score=1e-4)  # bf16, fp32; score: nats a token
 KIND, SECONDS = (3, "seconds") if CUDA else (2, "CPU-seconds")  # what ratios are of: its place in a step's record, its name
 MEMORY = "peak GiB, allocated, reserved" if CUDA else "peak GiB, resident"
@@ -177,11 +179,12 @@ def trl(plan):
 def ablation(plan):
     """The step with one technique less, and the modes of the loop; at learning rate 0, so that the loss is always the same."""
     n, skip, timed, rows, base = plan["batch"], plan["ablation_warm"], plan["ablation_timed"], [], None
-    order, sizes = ["as it is", *[*VARIANTS] * plan["repeats"]], ultrafeedback(n, plan["scale"])
+    variants = {name: changes for name, (_, changes) in VARIANTS.items() if plan["compiled"] or not changes.get("compiled")}
+    order, sizes = ["as it is", *[*variants] * plan["repeats"]], ultrafeedback(n, plan["scale"])
     first, *results = ours(plan, *[(sizes, n, skip + timed, dict(variant=name)) for name in order])  # the first, a warm-up, is not timed
     bases = dict(simpo=first)
-    for k, (name, (_, changes)) in enumerate(VARIANTS.items()):
-        runs = [run for run in results[k :: len(VARIANTS)] if not isinstance(run, str)]
+    for k, (name, changes) in enumerate(variants.items()):
+        runs = [run for run in results[k :: len(variants)] if not isinstance(run, str)]
         if not runs:
             rows.append([name, results[k]])
             continue

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import align  # noqa: E402
@@ -118,6 +119,21 @@ def pack_all(rows, similar, pack=sft.pack):
 def but_last(scorer, rows, micro, device, score=sft.score):
     return score(scorer, rows, micro, device)[:-1]
 
+class Hidden:
+    """The layout of sft.attend, out of sight of torch.compile, which would else compile anew for every one."""
+
+    def __init__(self, layout):
+        self.layout = layout
+
+def pack_hidden(rows, similar, pack=sft.pack):
+    *tensors, layout = pack(rows, similar)
+    return *tensors, Hidden(layout)
+
+@torch.compiler.disable
+def attend_hidden(module, query, key, value, attention_mask, scaling, layout, **others):
+    layout.layout = tree_map_only(torch.Tensor, lambda x: x.to(query.device), layout.layout)
+    return sft.attend(module, query, key, value, attention_mask, scaling, layout.layout, **others)
+
 VARIANTS = {  # name: what is replaced, and the changes of `train`
     "as it is": ({}, {}),
     "every response with a prompt of its own": ({"align.score": apart}, {}),
@@ -127,14 +143,17 @@ VARIANTS = {  # name: what is replaced, and the changes of `train`
     "all layers recomputed": ({}, dict(checkpointed=1 << 30)),
     "micro-batches of one pair": ({}, dict(tokens=1)),
     "amapo, all layers recomputed": ({}, dict(checkpointed=1 << 30, loss="amapo")),
-    "amapo --replay": ({}, dict(loss="amapo", replay=True))}
+    "amapo --replay": ({}, dict(loss="amapo", replay=True)),
+    "each layer compiled, but for attention": ({"sft.pack": pack_hidden}, dict(compiled=True))}
 
-def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", lr=0.0, replay=False, checkpointed=0):
+def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", lr=0.0, replay=False, checkpointed=0, compiled=False):
     """The loop of align.py without its log: dict(steps=[(loss, gradient norm, CPU-seconds, seconds)], memory, reference, its pass)."""
     args, ref, state, out = argparse.Namespace(batch_size=batch, seed=0, tokens_per_forward=tokens), None, {}, []
     pairs, (function, hp) = align.draw_pairs(data["scores"], "all", 0.0), align.configure(loss, [])
     for k, layer in enumerate(scorer.lm.base_model.layers):
         layer.training = k < checkpointed
+        layer.compile(dynamic=True) if compiled else setattr(layer, "_compiled_call_impl", None)
+    transformers.AttentionInterface.register("packed", attend_hidden if compiled else sft.attend)
     begin = clock()
     if loss == "dpo":
         ref = align.score_pairs(scorer, data, pairs, [], args, device, "reference", steps)
