@@ -359,9 +359,9 @@ def configure(name, settings):
     check(name in LOSSES, f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
     function, hp = LOSSES[name], dict(LOSSES[name].hp)
     known = "pi ref pi_head ref_head pi_square kl gap" + " state" * function.batch
-    check({*function.wants} <= {*known.split()} and inspect.Parameter.empty not in hp.values(),
+    check({*function.wants} <= {*known.split()} and {*map(type, hp.values())} <= {bool, int, float, str},
           f"--loss {name}{inspect.signature(function)}: the loop has {known}; hyper-parameters come "
-          "after `*`, with defaults; `state` is for @loss(batch=True)")
+          "after `*`, with defaults, numbers or strings; `state` is for @loss(batch=True)")
     for setting in settings:
         key, _, value = setting.partition("=")
         check(key in hp, f"--hp {setting}: {name} has no {key}: {name}{inspect.signature(function)}")
@@ -374,7 +374,7 @@ def configure(name, settings):
     leaf = (-n * torch.tensor([[1, 3], [2, 2.5], [1, 4], [3, 2], [1.5, 2.5]])).requires_grad_()
     losses, *alone = (apply_loss(function, hp, 0.0, n, None, torch.ones(2), {}, leaf[:, here], here)[0]
                       for here in ([0, 1], [0], [1]))
-    check(losses.isfinite().all(), f"--loss {name} --hp {hp}: losses of made-up pairs are {losses.tolist()}")
+    check(torch.cat([losses, *alone]).isfinite().all(), f"{name} {hp}: losses of two made-up pairs, or of one alone, are not finite")
     check(function.batch or losses.allclose(torch.cat(alone)), f"{name} looks across pairs: @loss(batch=True)")
     check(torch.autograd.grad(losses.sum(), leaf)[0].any(), f"{name} {hp} has no gradient: all of it detached?")
     return function, hp
@@ -387,7 +387,10 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     of = lambda x, rows: Logps(*x[rows], *n[rows])
     supply = dict(pi=of(leaf, two), ref=of(ref, two), pi_head=of(leaf, head), ref_head=of(ref, head), gap=gap[here],
                   pi_square=of(leaf[-len(n) :].detach(), two), kl=(leaf[last] - ref[last]).detach(), state=state)
-    out = function(*(supply[k] for k in function.wants), **hp)
+    try:
+        out = function(*(supply[k] for k in function.wants), **hp)
+    except ValueError as error:
+        raise ValueError(f"{function.__name__}, line {error.__traceback__.tb_next.tb_lineno}: {error}") from None
     out = out if "state" in function.wants else (out, {})
     sound = isinstance(out, tuple) and [*map(type, out)] == [torch.Tensor, dict]
     check(sound and out[0].shape == leaf[0].shape, f"{function.__name__} must return (G,) losses, one a pair "
@@ -401,7 +404,7 @@ def code_of(function, *above):
     for thing in map(globals().get, sorted({*re.findall(r"\w+", code)})):
         if inspect.isfunction(thing) and thing.__module__ == __name__ and thing not in (function, *above):
             text += code_of(thing, function, *above)
-        text += repr(thing) * isinstance(thing, (int, float, str, tuple, list))
+        text += repr(thing) * isinstance(thing, (int, float, str, tuple, list, dict))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # ----------------------------------------------------------------------------- pairs of the data
@@ -581,7 +584,7 @@ def main(args):
     save_model(scorer, tok, partial, args)
 
 def arguments(add):
-    add("--loss", required=True, help="; ".join(f"{k}{inspect.signature(f)}" for k, f in LOSSES.items()))
+    add("--loss", required=True, help="one of the above")
     add("--hp", action="append", default=[], metavar="K=V", help="a hyper-parameter; repeatable")
     trainer_arguments(add, lr=5e-7, batch_size=128, epochs=1, what="pairs")
     add("--pairs", choices=("all", "best-worst"), default="all", help="of a scored list")
@@ -591,4 +594,5 @@ def arguments(add):
     add("--replay", action="store_true", help="batch losses: forward twice, but keep no graphs")
 
 if __name__ == "__main__":
-    run(main, __doc__, arguments)
+    lines = [f"{k}{inspect.signature(f)}\n    {(f.__doc__ or '-').splitlines()[0]}" for k, f in LOSSES.items()]
+    run(main, "\n".join([__doc__, "Losses, and the first line of what they say of themselves:", *lines]), arguments)

@@ -76,11 +76,6 @@ def generate(path, prompts, args, device, desc):
     done = {i: response for part in parts for i, response in part.items()}
     return [done[i] for i in range(len(prompts))]
 
-def repetition(ids, n=4):
-    """Share of the n-grams of a response that have been there before."""
-    grams = list(zip(*(ids[k:] for k in range(n))))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
 def answer(path, name, args, device):
     """--prompts: a model's answers to a JSON list of {instruction}, as AlpacaEval reads them."""
     tok, text = load_tokenizer(path), Path(args.prompts).read_text()
@@ -89,6 +84,8 @@ def answer(path, name, args, device):
     prompts = [encode_prompt(tok, [dict(role="user", content=x["instruction"])]) for x in items]
     answers = generate(path, prompts, args, device, f"{name}: answers")
     return [dict(x, output=tok.decode(ids, skip_special_tokens=True), generator=name) for x, (ids, _) in zip(items, answers)]
+
+repetition = lambda x: 1 - len({*zip(x, x[1:], x[2:], x[3:])}) / (len(x) - 3) if len(x) > 3 else 0.0  # share of repeated 4-grams
 
 def judge_samples(tok, rows, samples, logps, ref_logps, ref_rewards):
     """(means over samples, rewards, lines for the disk). kl: log-ratio to the reference in nats. In
@@ -308,7 +305,7 @@ def markdown(tables):
 def write_tables(folder, tables, logs):
     """FOLDER/results.md and, where matplotlib is installed, figures.png: training curves, who gets
     the gradient, true reward of samples against KL. logs: {model: lines of its metrics.jsonl}."""
-    legend = "value [95 % interval]; over seeds mean (standard deviation). Avg: of Easy, Normal, Hard"
+    legend = "value [95 % interval], or mean (standard deviation) over seeds. Avg: mean of the columns of a suite"
     (folder / "results.md").write_text(f"{legend}\n{markdown(tables)}")
     main = {t: rows for t, rows in tables.items() if t.startswith(("Ranking", "Who", "Samples"))}
     print(f"\n{legend}\n{markdown(main)}\nmore in {folder}/results.md")
@@ -333,8 +330,7 @@ def write_tables(folder, tables, logs):
 # ------------------------------------------------------------------------------------------ main
 def find_sets(root):
     """{name: rows} of a folder of prepared sets, in the order of writing, or of one set."""
-    files = [*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json")]
-    files.sort(key=lambda f: f.stat().st_mtime_ns)
+    files = sorted([*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json")], key=lambda f: f.stat().st_mtime_ns)
     check(files, f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
     sets = {f.parent.name: load_rows(f.parent) for f in files}
     for name, data in sets.items():

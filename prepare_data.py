@@ -5,9 +5,8 @@ Every data set becomes a `datasets` folder of rows, a prompt with n scored respo
     id: str   prompt: list[int]   responses: list[list[int]]   scores: list[float]
     domain: str   style: list[int]   meta: str (the source row as JSON)
 
-n: 1 for demonstrations, 2 for pairs (scores [1, 0] or the data's own), 6 for RM-Bench, any for a list.
-A prompt has the one BOS (if the model has one) and the generation prompt, a response one end token, last.
-Writes OUT/sft, train, eval/NAME, tokenizer (with the chat template), report.json; for toy also model.
+n is 1 for demonstrations, 2 for pairs (scores [1, 0] or the data's own), 6 for RM-Bench. A prompt ends with the generation
+prompt, a response with its one end token. Writes OUT/sft, train, eval/NAME, tokenizer, report.json; for toy also model.
 
     python prepare_data.py --model toy --out runs/data       # the toy world with all its sets: 40 s
     python prepare_data.py --model DIR --sft a.jsonl --prefs b.jsonl --eval ID=c.jsonl --out D
@@ -42,7 +41,6 @@ def check(condition, message, error=ValueError):
         raise error(message)
 
 # --------------------------------------------------------------------------------- the toy world
-# Lists of digits, tasks with one right answer, writers of different skill, three styles. OOD is not in the preferences.
 TASKS = {  # name: (domain, request, right answer); the last four are held out of the preferences
     "reverse": ("order", "Reverse the list", lambda x: x[::-1]),
     "ascend": ("order", "Sort the list upwards", lambda x: sorted(x)),
@@ -87,13 +85,11 @@ def true_reward(meta, text):
     return sum(a == b for a, b in zip(found, truth)) / max(len(found), len(truth)) + (found == truth)
 
 def toy_rows(split, seed):
-    """The rows of a split of the toy world, in the shapes that real data have. Deterministic. +noise=P flips labels of
-    pairs with probability P; with +hard=P all pairs are of two styles, and in a share P of them the plainer is chosen."""
-    split, _, change = split.partition("+")
-    kind, _, share = change.partition("=")
+    """The rows of a split. +noise=P flips a share P of the labels; +hard=P: pairs of two styles, in a share P the plainer is chosen."""
+    split, kind, share = (re.split("[+=]", split) + ["", ""])[:3]
     size, tasks, writers, n, part = SPLITS.get(split, [0] * 5)
     check(size and (not kind or kind in ("noise", "hard") and n == 2 and 0 <= float(share or "nan") <= 1),
-          f"toy:{split}+{change}: wanted one of {', '.join(SPLITS)}; of pairs also +noise=P or +hard=P")
+          f"toy:{split}+{kind}={share}: wanted one of {', '.join(SPLITS)}; of pairs also +noise=P or +hard=P")
     rng, rows, chance = random.Random(f"toy {split} {seed}"), [], random.Random(f"noise {seed}")
     drawn = [chance.random() < float(share or 0) for _ in range(size)]
     while len(rows) < size:
@@ -151,32 +147,33 @@ def toy_model(out, seed):
 # --------------------------------------------------------------------------- sources and shapes
 def read_source(source, seed=0):
     """[(where it stands, raw row)]. A row without a `domain` gets the file's stem as its own."""
-    from datasets import Dataset, load_dataset, load_from_disk
-    path, files = Path(source), r".*\.(jsonl?(\.gz)?|parquet)"
-    if "," in source or path.is_dir() and not list(path.glob("dataset_*.json")):
-        inside = (str(f) for f in path.iterdir() if f.is_dir() or re.fullmatch(files, f.name))
-        parts = source.split(",") if "," in source else sorted(inside)
-        return [row for part in parts if part for row in read_source(part, seed)]
+    from datasets import Dataset, exceptions, load_dataset, load_from_disk
+    path, files = Path(source), r"(?!dataset_(dict|infos?)\.json).*\.(jsonl?(\.gz)?|parquet)"
+    if "," in source:
+        return [row for part in source.split(",") if part for row in read_source(part, seed)]
+    if path.is_dir() and not (path / "state.json").exists():
+        inside = sorted(f for f in path.iterdir() if f.is_dir() or re.fullmatch(files, f.name))
+        splits = sorted({re.match("[a-z_]*", f.name.lower())[0].rstrip("_") for f in inside})
+        check(len(splits) < 2 or not re.search(r"\b(train|test|val|dev|raw|filter)", " ".join(splits)),
+              f"{source}: has the splits {', '.join(splits)}; name those of its files or folders that are meant, with commas")
+        return [row for part in inside for row in read_source(str(part), seed)]
     if source.startswith("toy:"):
         return [(source, row) for row in toy_rows(source[4:], seed)]
-    if path.is_file() and path.suffix != ".parquet":
+    if path.is_file():
         try:
-            text = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).decode("utf-8-sig")
-            lines = filter(str.strip, text.split("\n"))  # of JSON lines, as one list: errors tell the line's number
-            rows = json.loads(text if text.lstrip()[:1] == "[" else "[" + ",\n".join(lines) + "]")
-        except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
-            raise ValueError(f"{source}: not JSON, nor JSON lines ({error})") from None
-    elif path.is_file():
-        rows = Dataset.from_parquet(source)
+            parquet, plain = path.suffix == ".parquet", gzip.decompress if path.suffix == ".gz" else bytes
+            text = "" if parquet else plain(path.read_bytes()).decode("utf-8-sig")
+            lines = ",\n".join(filter(str.strip, text.split("\n")))  # of JSON lines; as one list, errors tell the line's number
+            rows = Dataset.from_parquet(source) if parquet else json.loads(text if text.lstrip()[:1] == "[" else f"[{lines}]")
+        except (ValueError, OSError, EOFError, RecursionError, zlib.error, exceptions.DatasetsError) as error:
+            raise ValueError(f"{source}: empty, or not JSON, JSON lines, .gz of these or parquet ({error})") from None
     elif path.is_dir():
-        rows = load_from_disk(source)
-        rows = [row for part in (rows.values() if isinstance(rows, dict) else [rows]) for row in part]
-        rows = [json.loads(row["meta"]) if {"meta", "style"} <= {*row} else row for row in rows]
+        rows = [json.loads(row["meta"]) if {"meta", "style"} <= {*row} else row for row in load_from_disk(source)]
     else:
         hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w+))?(?::(\S+))?", source)
         check(hub and not re.fullmatch(files, source), f"{source}: no such file or folder, nor a hub id (id[@revision][:split])")
         rows = load_dataset(hub[1], revision=hub[2], split=hub[3] or "train")
-        commit = re.findall(r"\b[0-9a-f]{40}\b", str(rows.cache_files)) or [hub[2] or "main"]  # its folder in the cache is named by it
+        commit = re.findall(r"\b[0-9a-f]{40}\b", str(rows.cache_files)) or [hub[2] or "main"]  # its cache is named by it
         source, path = f"{hub[1]}@{commit[0]}:{hub[3] or 'train'}", Path(hub[1])
     own = lambda row: row | dict(domain=row.get("domain") or path.name.split(".")[0])
     return [(f"{source}, row {k}", own(row) if isinstance(row, dict) else row) for k, row in enumerate(rows, 1)]
@@ -185,19 +182,20 @@ class Dropped(Exception): """Why a row or a response is left out; counted in the
 
 def messages(x, role="user"):
     """A text, hh-rlhf's turns in one text, or messages, {role, content} or {from, value} -> messages."""
-    roles = dict(human="user", gpt="assistant", Human="user", Assistant="assistant")
+    roles, known = dict(human="user", gpt="assistant", Human="user", Assistant="assistant"), ("system", "user", "assistant", "tool")
     if str(x).startswith("\n\nHuman:"):
         parts = re.split(r"\n\n(Human|Assistant):", x if role == "assistant" else x.rstrip().removesuffix("\n\nAssistant:"))
         x = [{"from": who, "value": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
     turns = x if isinstance(x, list) else [x] if isinstance(x, dict) else [dict(role=role, content=x)]
-    said = [(roles.get(who := t.get("role") or t["from"], who), t.get("content", t.get("value"))) for t in turns]
-    return [dict(role=who, content="" if who == "assistant" and not isinstance(text, str) else text) for who, text in said]
+    who = [roles.get(x := t.get("role") or t["from"], x) for t in turns]
+    check({*who} <= {*known}, f"has turns by {', '.join(str(x) for x in who if x not in known)}; wanted {', '.join([*known, *roles])}")
+    return [dict(role=x, content=t.get("value") if t.get("content") is None else t["content"]) for x, t in zip(who, turns)]
 
 def pair(row):
     better, worse = float(row.get("score_chosen", 1)), float(row.get("score_rejected", 0))
-    return [row["chosen"], row["rejected"]], [better, worse] if better > worse else [1, 0]  # in a tie the label decides
+    return [row["chosen"], row["rejected"]], [1, 0] if better <= worse else [better, worse]  # the label decides
 
-SHAPES = {  # name: (what for, keys that tell it, row -> answers and scores, or a conversation)
+SHAPES = {  # name: (what for, keys that tell it, row -> answers and scores; of --sft, prompt and what follows)
     "ShareGPT": ("prefs", "conversations chosen rejected", pair),
     "UltraFeedback binarized": ("prefs", "prompt chosen:list rejected:list score_chosen score_rejected", pair),
     "princeton-nlp": ("prefs", "prompt chosen:list rejected:list all_rm_scores", pair),
@@ -213,41 +211,47 @@ SHAPES = {  # name: (what for, keys that tell it, row -> answers and scores, or 
         [r[f"response_{k}_text"] for k, _ in enumerate(r["all_scores"], 1)], r["all_scores"])),
     "labelled pair": ("prefs", "prompt output_1 output_2 label", lambda r: (  # label: 1 or 2, the better output
         [r["output_1"], r["output_2"]], {1: [1, 0], 2: [0, 1]}[r["label"]])),
-    "prompt-completion": ("sft", "prompt completion", lambda r: messages(r["prompt"]) + messages(r["completion"], "assistant")),
-    "messages": ("sft", "messages", lambda r: messages(r["messages"]))}
+    "prompt-completion": ("sft", "prompt completion", lambda r: (messages(r["prompt"]), messages(r["completion"], "assistant"))),
+    "messages": ("sft", "messages", lambda r: ([], messages(r["messages"]))),
+    "ShareGPT conversation": ("sft", "conversations", lambda r: ([], messages(r["conversations"]))),
+    "Alpaca": ("sft", "prompt output", lambda r: (messages(r["prompt"]), messages(r["output"], "assistant"))),
+    "prompts": ("excluded", "prompt", lambda r: (messages(r["prompt"]), messages("", "assistant")))}
 
 def parse(row, kind):
-    """A row -> (its shape, [(prompt messages, answers, scores, styles)]); a demonstration for each assistant turn."""
-    row = {key: value for key, value in row.items() if value is not None}
+    """A row -> (its shape, [(prompt messages, answers, scores, styles)]); a demonstration for each assistant turn after the prompt."""
+    keys, row = [key for key in row if key != "domain"], {key: value for key, value in row.items() if value not in (None, [])}
     asked = row.get("conversations") or "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
-    row, keys = dict(prompt=asked) | row if asked else row, [key for key in row if key != "domain"]
-    form = lambda x: "str" if not isinstance(x, list) else "list" if x and isinstance(x[0], dict) else f"{len(x)}"
-    has = {*row, *(f"{key}:{form(x)}" for key, x in row.items())}
-    wants = {name: {*words.split()} for name, (what, words, _) in SHAPES.items() if what in kind}
-    fits = [name for name in wants if wants[name] <= has]
-    near = min(wants, key=lambda name: len(wants[name] - has) / len(wants[name]))
-    check(not {"prompt", "completion", "label"} <= has, "TRL unpaired: pair good with bad; for --sft keep the good, without label")
-    check(fits, f"has the keys {keys} that are not null, no known shape: rename them; {near} has {SHAPES[near][1]}")
-    check(len({SHAPES[name][2] for name in fits}) == 1 or kind == "prefs or sft",
+    row = dict(prompt=asked) | row if asked else row
+    has = {*row, *(f"{k}:{'str' if not isinstance(x, list) else 'list' if isinstance(x[0], dict) else len(x)}" for k, x in row.items())}
+    wants = {name: {*words.split()} for name, (_, words, _) in SHAPES.items()}
+    fits = [name for name in SHAPES if wants[name] <= has and SHAPES[name][0] in kind]
+    near = min([*SHAPES][:-1], key=lambda name: (len(wants[name] - has) / len(wants[name]), name != "TRL standard"))
+    check(not isinstance(row.get("label"), bool) and "history" not in row, "history: make it messages; label: pair good with bad, by hand")
+    hint = f"has the keys {keys}, no known shape of --{kind}: rename them; {near}, of --{SHAPES[near][0]}, has {SHAPES[near][1]}"
+    check(fits, hint, ValueError if {*keys} <= {*row} else Dropped)  # without those that have no value
+    check(len({SHAPES[name][2] for name in fits}) == 1 or "excluded" in kind,
           f"has the keys {keys}, {' or '.join(fits)}: ambiguous, remove the keys of all but one")
     what, _, read = SHAPES[fits[0]]
-    if what == "sft":
-        talk = read(row)
-        items = [(talk[:k], [t["content"]], [1.0], []) for k, t in enumerate(talk) if t["role"] == "assistant" and k]
-    else:
+    if what == "prefs":
         answers, scores = read(row)
         talks, scores = [messages(x, "assistant") for x in answers], [float(x) for x in scores]
         check(isinstance(answers, list) and len(talks) == len(scores) and all(map(math.isfinite, scores)),
               "has not a list of answers and a finite score for each")
-        same = all(t[:-1] == talks[0][:-1] and t[-1]["role"] == "assistant" for t in talks)
-        check(same and len(talks) > 1, "not two answers to one prompt", Dropped)
+        same = len(talks) > 1 and all(t[:-1] == talks[0][:-1] and t[-1]["role"] == "assistant" for t in talks)
+        check(same, "not two answers to one prompt", Dropped)
         asked, own = messages(row.get("prompt", [])), talks[0][:-1]
         prompt = asked + own if own and own[0]["role"] == "assistant" else max(own, asked, key=len)  # of parts, in one, in both
-        items = [(prompt, [t[-1]["content"] for t in talks], scores, [0, 1, 2] * 2 * (fits[0] == "RM-Bench"))]
-    check(items and all(prompt for prompt, *_ in items), "has no prompt (add the key prompt), or no answer")
-    check(all(isinstance(t["content"], str) for prompt, *_ in items for t in prompt), "has a turn that is not a text")
+        items = [(prompt, [t[-1] for t in talks], scores, [0, 1, 2] * 2 * (fits[0] == "RM-Bench"))]
+    else:
+        asked, rest = read(row)
+        items = [(asked + rest[:k], [t], [1.0], []) for k, t in enumerate(rest) if t["role"] == "assistant" and asked + rest[:k]]
+    system, text = messages(row.get("system") or [], "system"), lambda t: t["content"] if isinstance(t["content"], str) else ""
+    items = [(system + prompt, [*map(text, answers)], *rest) for prompt, answers, *rest in items]
+    texts = all(isinstance(t["content"], str) for p, *_ in items for t in p)
+    whole = all(p and p[-1]["role"] != "assistant" and text(p[-1]).strip() for p, *_ in items) and texts
+    check(items and whole, "no prompt (key prompt), no answer, or a turn that is not a text", Dropped)
     json.dumps(items, ensure_ascii=False).encode()  # half of a surrogate pair fails here, where the row is known
-    return fits[0], [(messages(row.get("system") or [], "system") + prompt, *rest) for prompt, *rest in items]
+    return fits[0], items
 
 # ------------------------------------------------------------------------ chat template, tokens
 PLAIN_TEMPLATE = (  # for tokenizers that have none; saved with the model
@@ -318,8 +322,7 @@ def encode_row(row, tok, max_length):
     return dict(row, prompt=prompt, responses=responses * enough, scores=scores, dropped=dropped)
 
 def encode_officially(row, tok, max_length):
-    """Tokenise as published scores of RM-Bench and RewardBench are made (rewardbench/dpo.py): the header counts as answer;
-    one BOS and EOS more; the prompt cut to its last 128 tokens, then answers. (There by pair of styles, here by row.)"""
+    """As published scores of RM-Bench and RewardBench are made (rewardbench/dpo.py; there by pair of styles, here by row); see README."""
     bos = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
     ids = lambda text: [bos, *tok(text, add_special_tokens=False).input_ids]
     text = lambda *answer: tok.apply_chat_template([*row["prompt"], *answer], tokenize=False)
@@ -347,17 +350,16 @@ def parse_source(source, seed, kind, excluded=()):
             raise ValueError(f"{where}: {said}") from None
         shapes[shape] += 1
         name = next((row[key] for key in ("id", "prompt_id") if row.get(key) is not None), k)
-        domain = row.get("subset" if shape == "RewardBench" else "domain", "")
         for item in items:
             asked, all_of_it = json.dumps(item[0]), hash(repr(item[:2]))
             if why := seen.get(asked) or seen.get(all_of_it):
                 dropped[why] += 1
                 continue
             seen[all_of_it] = "duplicate"
-            parsed.append(dict(zip(("prompt", "responses", "scores", "style"), item), id=str(name),
-                               domain=str(domain), meta=json.dumps(row, default=str)))
-    read = dict.fromkeys(where.split(", row ")[0] for where, _ in raw)
-    return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped, source={x: fingerprint(x) for x in read})
+            parsed.append(dict(zip(("prompt", "responses", "scores", "style"), item), id=str(name), meta=json.dumps(row, default=str),
+                               domain=str(row.get("subset" if shape == "RewardBench" else "domain", ""))))
+    read = {x: fingerprint(x) for x in dict.fromkeys(where.split(", row ")[0] for where, _ in raw)}
+    return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped, source=read)
 
 def build(source, tok, args, kind, excluded=()):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
@@ -381,27 +383,27 @@ def build(source, tok, args, kind, excluded=()):
         prompt_tokens=percentiles([*map(len, rows["prompt"])]), response_tokens=percentiles([n for ns in lengths for n in ns]))
 
 def fingerprint(path, whole=False):
-    """Hash of a file or folder: names, sizes, first and last MiB of the files, or all of them. A hub id is its own."""
+    """Hash of a file or folder: names, sizes, bytes (of files from 256 MiB, unless `whole`, first and last MiB). A hub id is its own."""
     digest, top, mib = hashlib.sha256(), Path(path), 1 << 20
     for f in sorted(p for p in [top, *top.rglob("*")] if p.is_file()):
-        size = f.stat().st_size
-        digest.update(f"{f.relative_to(top)} {size}".encode())
+        digest.update(f"{f.relative_to(top)} {(size := f.stat().st_size)}".encode())
         with open(f, "rb") as data:
-            for place in range(0, size, mib) if whole else (0, max(0, size - mib)):
-                data.seek(place)
-                digest.update(data.read(mib))
+            for place in range(0, size, mib) if whole or size < 256 * mib else (0, size - mib):
+                digest.update(os.pread(data.fileno(), mib, place))
     return digest.hexdigest()[:16] if top.exists() else str(path)
 
 def begin(out, args, inputs, rewritable=None):
-    """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json says what makes
-    the result. ValueError for an OUT of other arguments, unless that has the key `rewritable`, or an OUT.partial with checkpoints."""
+    """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json says what makes the
+    result. ValueError for an OUT of other arguments, unless it has the key `rewritable`, or an OUT.partial with checkpoints."""
     now = args | dict(out="", replicas=1, save_every=0, tokens_per_forward=0, replay=0, checkpoint_layers=0)  # no difference
     now = json.loads(json.dumps(now | dict(inputs={p: fingerprint(p) for p in inputs})))
+    same = lambda x, i: {k: i.get(v, v) if isinstance(v, str) else v for k, v in x.items()} | dict(inputs=sorted(i.values()))
     done, partial = Path(out), Path(f"{out}.partial")
     check((done / "args.json").exists() or not done.exists(), f"{out} is not of this script; choose another --out")
     for folder in (f for f in (done, partial) if (f / "args.json").exists()):
         old = json.loads((folder / "args.json").read_text())
-        diff = [f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(old | now) if old.get(k) != now.get(k)]
+        a, b = same(old, old["inputs"]), same(now, now["inputs"])  # by content: a folder may be moved
+        diff = [f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k)]
         kept = rewritable not in old if folder == done else (folder / "checkpoints").exists()
         check(not diff or not kept, f"{folder} is of other arguments ({'; '.join(diff)}); remove it or change --out, OUT of run_all.sh")
         if folder == done and not diff:
@@ -422,16 +424,14 @@ def run(main, doc, arguments):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, until the steps of a trainer begin
     try:
         main(parser.parse_args())
-        print(end="", flush=True)
-        return os._exit(0)  # at a plain exit threads of libraries were seen to abort
+        return os._exit(print(end="", flush=True) or 0)  # flushed, and at once: at a plain exit threads of libraries were seen to abort
     except (ValueError, OSError, ArithmeticError, jinja2.TemplateError) as error:
         message = (str(error).strip() or repr(error)).splitlines()[0]
     raise SystemExit(f"{parser.prog}: {message}")  # out here, so that what main held is closed, progress bars too
 
 def main(args):
     toy = args.model == "toy"
-    jobs = dict(sft=args.sft or toy * "toy:sft", train=args.prefs or toy * "toy:prefs")
-    jobs = {name: source for name, source in jobs.items() if source}
+    jobs = {k: v for k, v in dict(sft=args.sft or toy * "toy:sft", train=args.prefs or toy * "toy:prefs").items() if v}
     for item in args.eval or [f"{split}=toy:{split}" for split in [*SPLITS][2:]] * toy:
         name, _, source = item.partition("=")
         check(re.fullmatch(r"\w[\w.-]*", name) and source and f"eval/{name}" not in jobs, f"--eval {item}: wanted NAME=SOURCE, once")
@@ -440,7 +440,7 @@ def main(args):
     make = (lambda: Path(tempfile.mkdtemp())) if args.dry_run else begin(args.out, vars(args), [args.model, *sources])
     if make is None:
         return print(f"{args.out} is complete")
-    excluded = args.exclude_prompts_from and parse_source(args.exclude_prompts_from, args.seed, "prefs or sft")[0]
+    excluded = args.exclude_prompts_from and parse_source(args.exclude_prompts_from, args.seed, "prefs, sft or excluded")[0]
     out, prompts = make(), {}
     try:
         tok = load_tokenizer(toy_model(out / "model", args.seed) if toy else args.model)

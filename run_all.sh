@@ -125,10 +125,10 @@ try:
         changes = {k: v for k, _, v in (c.partition("=") for c in changes.split(",") if c)}
         flags = {*changes} & {*os.environ["FLAGS"].split()}
         align.check(all(float(changes[k]) > 0 for k in flags & {"lr", "batch-size", "epochs"}), f"{name}, {changes}: out of range")
-        align.check(name != "reward", "reward is trained for madpo, and is no policy")
+        align.check(name not in ("reward", "data", "sft", "evaluation"), f"{name} is no policy: OUT/{name} is another folder")
         align.check(name != "madpo" or not flags & {"pairs", "min-gap"}, "its reward model wants them too: ALIGN_ARGS")
         align.configure(name, [f"{k}={changes[k]}" for k in changes if k not in flags])
-except (ValueError, ArithmeticError) as error: sys.exit(f"run_all.sh: LOSSES: {error}; beside hyper-parameters K may be " + os.environ["FLAGS"])
+except (ValueError, ArithmeticError) as error: sys.exit(f"run_all.sh: LOSSES: {error}" + ("; K may also be " + os.environ["FLAGS"]) * (" has no " in str(error)))
 print(*names)' $LOSSES)
 recipe() { # the arguments of a stage in this setting, or those called `other`
   awk -v s="$SETTING" -v l="${1%%@*}" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }
@@ -166,7 +166,7 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
     sft_source=() && [ "$SFT_DATA" = none ] || sft_source=(--sft "$SFT_DATA")
     "${watched[@]}" "$PYTHON" prepare_data.py --model "$MODEL" "${sft_source[@]}" --prefs "$PREF_DATA" \
       --eval ${EVAL_DATA:-} --max-length "$MAX_LENGTH" --seed "$SEED" --out "$OUT/data" ${PREPARE_ARGS:-}
-    [[ " ${PREPARE_ARGS:-}" != *" --dry-run"* ]] || exit 0
+    [[ " ${PREPARE_ARGS:-}" != *" --dry-run"* ]] || { say "a dry run: nothing was written"; exit 0; }
   fi
   [ "$MODEL" != toy ] || MODEL=$OUT/data/model
   SFT=$MODEL
@@ -177,8 +177,8 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
     SFT=$OUT/sft
   fi
   for loss in $LOSSES; do
-    [[ $loss != madpo* ]] || align reward
-    align "$loss" $([[ $loss != madpo* ]] || echo --margins "$OUT/reward/margins.json")
+    [ "${loss%%@*}" != madpo ] || align reward
+    align "$loss" $([ "${loss%%@*}" != madpo ] || echo --margins "$OUT/reward/margins.json")
   done
   say "evaluate: $table"
   "${launch[@]}" evaluate.py "$SFT" $(printf "$OUT/%s " $LOSSES) --ref "$SFT" \

@@ -64,7 +64,7 @@ every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
 def test_gradient_is_that_of_the_value(name, monkeypatch):
     """Central differences in float64. What a loss detaches is held at its first value, as the definition of such a loss says."""
     supply = batch(1)
-    held, replay, detach = [], [], torch.Tensor.detach
+    held, replay, found, detach = [], [], [], torch.Tensor.detach
     f = lambda w, l: call(name, supply | dict(pi=supply["pi"]._replace(w=w, l=l))).mean()
     w, l = supply["pi"].w.clone().requires_grad_(), supply["pi"].l.clone().requires_grad_()
     monkeypatch.setattr(torch.Tensor, "detach", lambda x: held.append(detach(x).clone()) or held[-1])
@@ -79,7 +79,9 @@ def test_gradient_is_that_of_the_value(name, monkeypatch):
                 replay[:] = held
                 with torch.no_grad():
                     ends.append((f(w + sign * h, l) if side == 0 else f(w, l + sign * h)).item())
-            assert math.isclose((ends[0] - ends[1]) / 2e-5, g[k].item(), rel_tol=1e-5, abs_tol=1e-9)
+            found.append(((ends[0] - ends[1]) / 2e-5, g[k].item()))
+    monkeypatch.undo()
+    assert all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) for a, b in found), f"{found}; what is constant wants .detach(), not no_grad"
 
 
 @every_loss
@@ -123,7 +125,7 @@ def test_keyword_defaults_are_what_the_command_line_gets(name):
     function, hp = configure(name, [])
     assert all(p.default is not p.empty for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
     assert torch.equal(call(name, batch(5)), call(name, batch(5), **hp))
-    assert function.__doc__
+    assert function.__doc__, "a loss wants a docstring: its formula, and where that is from"
 
 
 # ------------------------------------------------------------------------------------------- values, by hand
@@ -298,6 +300,11 @@ def detached(pi, *, beta=1.0):
     return (beta * (pi.l - pi.w)).detach()
 
 
+def two_names(pi):
+    w, l = pi
+    return l - w
+
+
 MISTAKES = {  # what somebody might write under @loss: (the function, batch, what the message must say)
     "no star": (lambda pi, beta=0.1: pi.l - pi.w, False, "come after `*`"),
     "no default": (lambda pi, *, beta: beta * (pi.l - pi.w), False, "with defaults"),
@@ -311,7 +318,10 @@ MISTAKES = {  # what somebody might write under @loss: (the function, batch, wha
     "nothing returned": (lambda pi: None, False, "must return (G,) losses"),
     "across pairs": (lambda pi: (pi.l - pi.w) - (pi.l - pi.w).mean(), False, "batch=True"),
     "detached": (detached, False, "no gradient"), "lengths alone": (lambda pi: pi.nw - pi.nl, False, "no gradient"),
-    "not a number": (lambda pi, *, beta=0.0: (pi.l - pi.w) / beta, False, "losses of made-up pairs"),
+    "not a number": (lambda pi, *, beta=0.0: (pi.l - pi.w) / beta, False, "not finite"),
+    "nothing for one pair": (lambda pi: pi.l - pi.w - ((pi.w - pi.w.mean()) / pi.w.std()).detach(), True, "or of one alone, are not finite"),
+    "no number": (lambda pi, *, beta=None: pi.l - pi.w, False, "numbers or strings"),
+    "too few names": (two_names, False, "mine, line"),
 }
 
 
@@ -348,12 +358,13 @@ def test_an_edit_of_a_loss_or_of_what_it_calls_is_noticed(tmp_path, edit, name, 
 
 def test_constants_and_functions_that_are_passed_on_count_as_well(tmp_path):
     """A loss, the helper that it hands to map, and a constant: an edit of each changes the hash of this loss and of no other."""
-    mine = "SCALE = 2.0\n\ndef squash(x):\n    return x.tanh()\n\n@loss\ndef mine(pi):\n    return -SCALE * sum(map(squash, [pi.w, -pi.l]))\n\ndef configure("
-    text, hashes = (ROOT / "align.py").read_text().replace("def configure(", mine), []
-    for k, (old, new) in enumerate([("", ""), ("SCALE = 2.0", "SCALE = 3.0"), ("x.tanh()", "x.sin()")]):
+    spliced = ("SCALE, MORE = 2.0, {'shift': 1}\n\ndef squash(x):\n    return x.tanh()\n\n@loss\ndef spliced_in_by_the_test(pi):\n"
+               "    return -SCALE * sum(map(squash, [pi.w, -pi.l])) + MORE['shift']\n\ndef configure(")
+    text, hashes = (ROOT / "align.py").read_text().replace("def configure(", spliced), []
+    for k, (old, new) in enumerate([("", ""), ("SCALE, MORE = 2.0", "SCALE, MORE = 3.0"), ("x.tanh()", "x.sin()"), ("'shift': 1", "'shift': 2")]):
         (tmp_path / f"fork{k}.py").write_text(text.replace(old, new) if old else text)
         spec = importlib.util.spec_from_file_location(f"fork{k}", tmp_path / f"fork{k}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        hashes.append([module.code_of(module.LOSSES[name]) for name in ("mine", "dpo", "amapo")])
-    assert len({mine for mine, *_ in hashes}) == 3 and hashes[0][1:] == hashes[1][1:] == hashes[2][1:]
+        hashes.append([module.code_of(module.LOSSES[name]) for name in ("spliced_in_by_the_test", "dpo", "amapo")])
+    assert len({mine for mine, *_ in hashes}) == 4 and all(others == hashes[0][1:] for _, *others in hashes)

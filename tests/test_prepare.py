@@ -191,6 +191,14 @@ SHAPES = {  # name: (kind, row, rows wanted as (prompt, responses, scores, style
     "RewardBench": ("eval", PAIR | dict(subset="hep-cpp"), ONE, "RewardBench"),
     "completion": ("sft", dict(prompt="Add 2", completion="It is 2"), [(chatml(U), ["It is 2"], [1], [])], "prompt-completion"),
     "completion lists": ("sft", dict(prompt=say(U), completion=say(A)), [(chatml(U), ["It is 2"], [1], [])], "prompt-completion"),
+    "completion of a dialogue": ("sft", dict(prompt=say(U, A, U2), completion=say(B)), [(chatml(U, A, U2), ["It is 3"], [1], [])], "prompt-completion"),
+    "ShareGPT demonstration": ("sft", dict(conversations=gpt(S, U, A)), [(chatml(S, U), ["It is 2"], [1], [])], "ShareGPT conversation"),
+    "Alpaca": ("sft", dict(instruction="Add", input="2", output="It is 2"), [(chatml(("user", "Add\n2")), ["It is 2"], [1], [])], "Alpaca"),
+    "greeted": ("sft", dict(messages=say(B, U, A)), [(chatml(B, U), ["It is 2"], [1], [])], "messages"),
+    "both kinds of turn in one struct": ("train", dict(chosen=[x | dict(content=None) for x in gpt(U, A)], rejected=[dict(role="user", content="Add 2", value=None), *gpt(B)]),
+                                         ONE, "TRL conversational"),
+    "empty system": ("train", dict(prompt=say(("system", ""), U), chosen="It is 2", rejected="It is 3"),
+                     [(chatml(("system", ""), U), *ONE[0][1:])], "TRL standard"),
     "UltraChat": ("sft", dict(prompt="Add 2", prompt_id="7", messages=say(S, U, A, U2, B)),
                   [(chatml(S, U), ["It is 2"], [1], []), (chatml(S, U, A, U2), ["It is 3"], [1], [])], "messages"),
 }
@@ -221,7 +229,7 @@ def test_sources_of_every_kind_give_the_same_rows(toks, tmp_path):
     at(6, ".jsonl").write_text("\n".join(map(json.dumps, raw[2:])))
     at(6, ".json").write_text(json.dumps(raw[:2]))
     datasets.Dataset.from_list(raw).save_to_disk(at(7, ""))
-    datasets.DatasetDict(a=datasets.Dataset.from_list(raw[:2]), b=datasets.Dataset.from_list(raw[2:])).save_to_disk(at(8, ""))
+    datasets.DatasetDict(set=datasets.Dataset.from_list(raw)).save_to_disk(at(8, ""))
     sources = [str(tmp_path / str(k)) for k in range(1, 7)] + [f"{at(6, '.json')},{at(6, '.jsonl')}"]
     sources += [str(next(tmp_path.glob(f"{k}/set*"))) for k in (1, 2, 3, 4, 5, 7, 8)]
     tables = [P.build(source, toks["chatml"], settings_of(500), "train")[0].to_list() for source in sources]
@@ -318,25 +326,28 @@ def test_special_tokens_written_in_the_text_are_dropped(toks, tmp_path, name, pr
 
 
 BAD_ROWS = [  # (kind, a second row, what its message must say)
-    ("train", '{"prompt": "p", "chosen": "x"}', "no known shape"), ("train", '{"prompt": "p", "chosen": "x", "rejected": null}', "rename"),
-    ("train", '{"prompt": "p", "completion": "x"}', "no known shape"), ("train", "[1]", ""),
-    ("sft", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "no known shape"),
+    ("train", '{"prompt": "p", "chosen": "x"}', "no known shape"), ("train", '{"question": "p", "good": "x"}', "TRL standard, of --prefs, has prompt"),
+    ("train", '{"prompt": "p", "completion": "x"}', "prompt-completion, of --sft"), ("train", "[1]", ""),
+    ("sft", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "TRL standard, of --prefs"),
+    ("sft", '{"messages": [{"role": "user", "content": "q"}, {"role": "model", "content": "a"}]}', "turns by model; wanted"),
+    ("sft", '{"messages": [{"role": true, "content": "q"}, {"role": "assistant", "content": "a"}]}', "turns by True"),
+    ("train", '{"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "x"}, "rejected": {"from": "bing", "value": "y"}}', "bing"),
+    ("train", '{"instruction": "i", "history": [["q", "a"]], "chosen": "x", "rejected": "y"}', "history"),
+    ("sft", '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": false}', "pair good with bad"),
+    ("eval", '{"input": "p", "output_1": "x", "output_2": "y", "label": true}', "pair good with bad"),
     ("eval", '{"prompt": "p", "chosen": ["x", "y"], "rejected": ["z", "v"]}', "no known shape"),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1]}', "a finite score for each"),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, null]}', ""),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, "high"]}', "high"),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, NaN]}', "a finite score for each"),
     ("train", '{"prompt": "p", "responses": "xy", "scores": [1, 2]}', "a list of answers"),
-    ("train", '{"chosen": "x", "rejected": "y"}', "add the key prompt"),
-    ("train", '{"prompt": [], "chosen": "x", "rejected": "y"}', "no prompt"),
     ("train", '{"prompt": "p", "chosen": "x", "rejected": "\\ud800"}', "surrogates"),
     ("train", '{"prompt": ["p"], "chosen": "x", "rejected": "y"}', ""),
-    ("train", '{"prompt": [{"role": "user", "content": null}], "chosen": "x", "rejected": "y"}', "not a text"),
-    ("train", '{"prompt": "p", "completion": "x", "label": true}', "TRL unpaired: pair good with bad"),
-    ("sft", '{"prompt": "p", "completion": "x", "label": false}', "without label"),
+    ("train", '{"prompt": "p", "completion": "x", "label": true}', "pair good with bad"),
+    ("sft", '{"prompt": "p", "completion": "x", "label": false}', "pair good with bad"),
     ("train", '{"prompt": "p", "chosen": "x", "rejected": "y", "responses": ["x", "y"], "scores": [1, 2]}',
      "scored list: ambiguous, remove"),
-    ("sft", '{"prompt": "p", "completion": "x", "messages": []}', "prompt-completion or messages: ambiguous"),
+    ("sft", '{"prompt": "p", "completion": "x", "messages": [{"role": "user", "content": "q"}]}', "prompt-completion or messages: ambiguous"),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, 2], "rewards": [2, 1]}', "ambiguous"),
     ("eval", '{"input": "p", "output_1": "x", "output_2": "y", "label": 0}', "0"),
 ]
@@ -349,6 +360,61 @@ def test_a_bad_row_is_named(toks, tmp_path, kind, bad, says):
         build(tmp_path, toks["chatml"], f"{good}\n{bad}", kind)
     line = str(error.value).splitlines()[0]
     assert "set.jsonl, row 2: " in line and says in line
+
+
+@pytest.mark.parametrize("kind, rows, why", [
+    ("train", [dict(prompt="p", chosen="x", rejected=None), dict(prompt="p", chosen=[], rejected="y")], "no known shape"),
+    ("train", [dict(chosen="x", rejected="y"), dict(PAIR, prompt=" \n"), dict(PAIR, prompt=[]), dict(PAIR, prompt=say(U, A))], "no prompt"),
+    ("train", [dict(PAIR, prompt=[dict(role="user", content=None)]), dict(PAIR, prompt=[*say(U), dict(role="assistant", content=None), *say(U2)])], "not a text"),
+    ("sft", [dict(messages=say(U)), dict(messages=[]), dict(prompt="p", completion=None),
+             dict(messages=[*say(U), dict(role="assistant", content=None, tool_calls=[1]), dict(role="tool", content="2"), *say(A)])], "")])
+def test_rows_that_lack_something_are_dropped_and_counted(toks, tmp_path, kind, rows, why):
+    """A row of 60,000 that is null somewhere must not end the run; a null turn in the middle is not an empty one."""
+    good = dict(prompt="p", completion="x") if kind == "sft" else PAIR
+    kept, report = build(tmp_path, toks["chatml"], [good, *rows], kind)
+    assert len(kept) == 1 and sum(report["dropped"].values()) == len(rows) and all(why in reason for reason in report["dropped"])
+
+
+def test_splits_are_not_joined_unless_they_are_named(toks, tmp_path):
+    """A clone of a hub set has train and test in one folder: to train on both is not what anyone means."""
+    for name in ("train_prefs-00000-of-00002", "train_prefs-00001-of-00002", "test_prefs"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps(dict(PAIR, prompt=name)))
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list([PAIR]), test=datasets.Dataset.from_list([dict(PAIR, prompt="t")]))
+    splits.save_to_disk(tmp_path / "dict")
+    count = lambda source: P.build(source, toks["chatml"], settings_of(500), "train")[1]["kept"]
+    for source in (tmp_path / "data", tmp_path, tmp_path / "dict"):
+        with pytest.raises(ValueError, match="has the splits .*test"):
+            count(str(source))
+    assert count(str(tmp_path / "dict" / "train")) == 1 and count(f"{tmp_path / 'dict' / 'train'},{tmp_path / 'dict' / 'test'}") == 2
+    (tmp_path / "data" / "test_prefs.jsonl").unlink()
+    assert count(str(tmp_path / "data")) == 2  # shards of one split
+    (tmp_path / "data" / "dataset_info.json").write_text("{}")  # as LLaMA-Factory and older clones have beside their data
+    assert count(str(tmp_path / "data")) == 2
+
+
+def test_a_complete_folder_is_known_by_the_contents_of_its_inputs(tmp_path):
+    """Inputs may be moved or named by another path; one byte changed in the middle of a file is another input."""
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
+    old.mkdir()
+    (old / "rows.jsonl").write_bytes(b"x" * 3_000_000)
+    begin = lambda data, **more: P.begin(str(out), dict(data=str(data), lr=1.0) | more, [str(data), "toy:ID"])
+    begin(old)().rename(out)
+    old.rename(new)
+    assert begin(new) is None and begin(f"{new}/../new") is None
+    with pytest.raises(ValueError, match="lr: 1.0 -> 2.0"):
+        begin(new, lr=2.0)
+    (new / "rows.jsonl").write_bytes(b"x" * 1_500_000 + b"y" + b"x" * 1_499_999)
+    with pytest.raises(ValueError, match="of other arguments .data: .*old -> .*new"):
+        begin(new)
+
+
+def test_a_parquet_file_without_rows_is_named(toks, tmp_path):
+    datasets.Dataset.from_list([PAIR]).select([]).to_parquet(tmp_path / "none.parquet")
+    (tmp_path / "lfs.parquet").write_text("version https://git-lfs.github.com/spec/v1")
+    for name in ("none", "lfs"):
+        with pytest.raises(ValueError, match=f"{name}.parquet: "):
+            P.build(str(tmp_path / f"{name}.parquet"), toks["chatml"], settings_of(500), "train")
 
 
 @pytest.mark.parametrize("text", ["\n", "[]", '{"prompt"', json.dumps(dict(messages=say(U)))])
