@@ -172,16 +172,18 @@ def test_a_damaged_newest_checkpoint_is_known_and_the_one_before_it_used(damage,
 
 
 def test_the_fingerprint_of_a_checkpoint_sees_every_byte(tmp_path):
-    """Of a model or of data only the first and last MiB of each file are read, of a checkpoint all."""
+    """Of files from 256 MiB, as those of models are, only the first and last MiB are read; of others, and of a checkpoint, all."""
     from prepare_data import fingerprint
 
-    (tmp_path / "x").write_bytes(bytes(5 << 20))
-    before = fingerprint(tmp_path), fingerprint(tmp_path, whole=True)
-    for place, seen in ((0, [True, True]), (5 << 19, [False, True]), (-1, [True, True])):
-        content = bytearray(5 << 20)
-        content[place] = 1
-        (tmp_path / "x").write_bytes(content)
-        assert [a != b for a, b in zip(before, (fingerprint(tmp_path), fingerprint(tmp_path, whole=True)))] == seen
+    for size, middle in ((5 << 20, True), (256 << 20, False)):
+        hashes = []
+        for place in (None, 0, size // 2, size - 1):
+            with open(tmp_path / "x", "wb") as file:
+                file.truncate(size)
+                file.seek(place or 0)
+                file.write(b"" if place is None else b"1")
+            hashes.append((fingerprint(tmp_path), fingerprint(tmp_path, whole=True)))
+        assert [[a != b for a, b in zip(hashes[0], other)] for other in hashes[1:]] == [[True, True], [middle, True], [True, True]]
 
 
 def test_when_all_checkpoints_are_damaged_it_says_so_and_begins_anew(align, whole, tmp_path, monkeypatch, capfd):
