@@ -476,7 +476,9 @@ def test_prompts_to_exclude_the_overlap_and_the_dry_run(toks, tmp_path, capsys):
     assert cli(*job, "--out", tmp_path / "all") is None
     assert report(tmp_path / "all") == {"sft": (8, {}, {}), "train": (7, {}, dict(sft=2)), "eval/T": (5, {}, dict(sft=2, train=3))}
     wanted = {"sft": (6, {"prompt excluded": 2}, {}), "train": (4, {"prompt excluded": 3}, dict(sft=1)), "eval/T": (5, {}, dict(sft=0, train=0))}
-    for k, held_out in enumerate([test, tmp_path / "all" / "eval", tmp_path / "all" / "eval" / "T", f"{sft},{test}"][:3]):
+    alpaca = write("alpaca.json", [[dict(instruction=f"Add {k}", output="o", generator="g") for k in (0, 3, 5, 7)]])  # as AlpacaEval's
+    bare = write("bare.jsonl", [dict(prompt=f"Add {k}") for k in (0, 3, 5, 7)])
+    for k, held_out in enumerate([test, tmp_path / "all" / "eval", tmp_path / "all" / "eval" / "T", alpaca, bare]):
         assert cli(*job, "--exclude-prompts-from", held_out, "--out", tmp_path / f"out{k}") is None
         assert report(tmp_path / f"out{k}") == wanted
     before, _ = sorted(tmp_path.rglob("*")), capsys.readouterr()
