@@ -378,7 +378,7 @@ def build(source, tok, args, kind, excluded=()):
     check(len(rows), f"{source}: nothing is left of {report['rows_in']} rows; dropped {report['dropped']}")
     lengths = [[len(r) for r in rs] for rs in rows["responses"]]
     wins = [n > m for ns, xs in zip(lengths, rows["scores"]) for n, x in zip(ns, xs) for m, y in zip(ns, xs) if x > y]
-    percentiles = lambda x: {p: sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
+    percentiles = lambda x: {f"p{p}": sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
     return rows, report | dict(kept=len(rows), longer_wins=round(sum(wins) / len(wins), 4) if wins else None,
         prompt_tokens=percentiles([*map(len, rows["prompt"])]), response_tokens=percentiles([n for ns in lengths for n in ns]))
 

@@ -449,7 +449,7 @@ def test_main_end_to_end(toks, tmp_path):
     assert counts == {"sft": (4, 4, 4), "train": (4, 3, 3), "eval/T": (5, 5, 5)}
     assert (report["train"]["longer_wins"], report["eval/T"]["longer_wins"]) == (1, 0)  # "It is very 5" > "5";  "1" < "22"
     assert report["eval/T"]["prompts_in_train"] == 1  # Add 3
-    assert report["train"]["prompt_tokens"]["100"] == max(map(len, sets["train"]["prompt"]))
+    assert report["train"]["prompt_tokens"]["p100"] == max(map(len, sets["train"]["prompt"]))
     assert set(sets["sft"].column_names) == {"id", "prompt", "responses", "scores", "domain", "style", "meta"}
     assert P.load_tokenizer(str(out / "tokenizer")).chat_template == LLAMA3
     stamps = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
