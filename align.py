@@ -81,7 +81,7 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
       the code it is still those below, with an exponent below 0.
     znorm, exp, clip: False for the paper's ablations. It does not print their formulas; these are
       a reading: z = mu - r; margin = beta * gamma, gamma = z * mu; a margin for every pair."""
-    check(form in ("code", "paper") and int(group) == group >= 0, f"amapo: no form={form}, group={group}")
+    check(form in ("code", "paper") and int(group) == group >= 0, f"no form={form}, group={group}")
     r = pi.w / pi.nw - pi.l / pi.nl  # (G,)
     groups = r.detach().split(int(group) or len(r))
     margin = torch.cat([amapo_margin(x, beta, form, znorm, exp, clip) for x in groups])
@@ -404,7 +404,7 @@ def code_of(function, *above):
     for thing in map(globals().get, sorted({*re.findall(r"\w+", code)})):
         if inspect.isfunction(thing) and thing.__module__ == __name__ and thing not in (function, *above):
             text += code_of(thing, function, *above)
-        text += repr(thing) * isinstance(thing, (int, float, str, tuple, list, dict))
+        text += repr(thing) * (isinstance(thing, (int, float, str, tuple, list, dict)) and thing is not LOSSES)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # ----------------------------------------------------------------------------- pairs of the data

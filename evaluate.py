@@ -318,7 +318,7 @@ def write_tables(folder, tables, logs):
         ax.set(xlabel="step", ylabel=key, visible=bool(logs))
         for name, lines in logs.items():
             ax.plot([x["step"] for x in lines], [x[key] for x in lines], label=name)
-    axes[0].legend(fontsize="small") if logs else None
+    axes[0].legend(fontsize="small").set_in_layout(False) if logs else None
     samples = tables.get("Samples (see README)", {})
     axes[5].set(xlabel="KL to the reference, nats a response", ylabel="true reward", visible=any(samples.values()))
     for name, line in samples.items():

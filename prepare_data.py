@@ -86,10 +86,10 @@ def true_reward(meta, text):
 
 def toy_rows(split, seed):
     """The rows of a split. +noise=P flips a share P of the labels; +hard=P: pairs of two styles, in a share P the plainer is chosen."""
-    split, kind, share = (re.split("[+=]", split) + ["", ""])[:3]
+    split, kind, share = (re.split("[+=]", split, maxsplit=2) + ["", ""])[:3]
     size, tasks, writers, n, part = SPLITS.get(split, [0] * 5)
     check(size and (not kind or kind in ("noise", "hard") and n == 2 and 0 <= float(share or "nan") <= 1),
-          f"toy:{split}+{kind}={share}: wanted one of {', '.join(SPLITS)}; of pairs also +noise=P or +hard=P")
+          f"toy:{split} {kind} {share}: wanted one of {', '.join(SPLITS)}; of pairs also +noise=P or +hard=P")
     rng, rows, chance = random.Random(f"toy {split} {seed}"), [], random.Random(f"noise {seed}")
     drawn = [chance.random() < float(share or 0) for _ in range(size)]
     while len(rows) < size:
@@ -153,9 +153,8 @@ def read_source(source, seed=0):
         return [row for part in source.split(",") if part for row in read_source(part, seed)]
     if path.is_dir() and not (path / "state.json").exists():
         inside = sorted(f for f in path.iterdir() if f.is_dir() or re.fullmatch(files, f.name))
-        splits = sorted({re.match("[a-z_]*", f.name.lower())[0].rstrip("_") for f in inside})
-        check(len(splits) < 2 or not re.search(r"\b(train|test|val|dev|raw|filter)", " ".join(splits)),
-              f"{source}: has the splits {', '.join(splits)}; name those of its files or folders that are meant, with commas")
+        splits = {x for f in inside for x in re.findall("(?<![a-z])(train|test|validation|val|dev|raw|filtered)(?![a-z])", f.name)}
+        check(len(splits) < 2, f"{source}: has the splits {', '.join(sorted(splits))}; name the files or folders you mean, with commas")
         return [row for part in inside for row in read_source(str(part), seed)]
     if source.startswith("toy:"):
         return [(source, row) for row in toy_rows(source[4:], seed)]
@@ -169,6 +168,7 @@ def read_source(source, seed=0):
             raise ValueError(f"{source}: empty, or not JSON, JSON lines, .gz of these or parquet ({error})") from None
     elif path.is_dir():
         rows = [json.loads(row["meta"]) if {"meta", "style"} <= {*row} else row for row in load_from_disk(source)]
+        path = path.parent if (path.parent / "dataset_dict.json").exists() else path
     else:
         hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w+))?(?::(\S+))?", source)
         check(hub and not re.fullmatch(files, source), f"{source}: no such file or folder, nor a hub id (id[@revision][:split])")
@@ -193,7 +193,7 @@ def messages(x, role="user"):
 
 def pair(row):
     better, worse = float(row.get("score_chosen", 1)), float(row.get("score_rejected", 0))
-    return [row["chosen"], row["rejected"]], [1, 0] if better <= worse else [better, worse]  # the label decides
+    return [row["chosen"], row["rejected"]], [better, worse] if better > worse else [1, 0]  # else the label decides
 
 SHAPES = {  # name: (what for, keys that tell it, row -> answers and scores; of --sft, prompt and what follows)
     "ShareGPT": ("prefs", "conversations chosen rejected", pair),
@@ -226,11 +226,10 @@ def parse(row, kind):
     wants = {name: {*words.split()} for name, (_, words, _) in SHAPES.items()}
     fits = [name for name in SHAPES if wants[name] <= has and SHAPES[name][0] in kind]
     near = min([*SHAPES][:-1], key=lambda name: (len(wants[name] - has) / len(wants[name]), name != "TRL standard"))
-    check(not isinstance(row.get("label"), bool) and "history" not in row, "history: make it messages; label: pair good with bad, by hand")
+    check("history" not in row and ("label" not in row or {"output_1", "chosen"} & has), "history: use messages; label: pair good with bad")
     hint = f"has the keys {keys}, no known shape of --{kind}: rename them; {near}, of --{SHAPES[near][0]}, has {SHAPES[near][1]}"
     check(fits, hint, ValueError if {*keys} <= {*row} else Dropped)  # without those that have no value
-    check(len({SHAPES[name][2] for name in fits}) == 1 or "excluded" in kind,
-          f"has the keys {keys}, {' or '.join(fits)}: ambiguous, remove the keys of all but one")
+    check(len({SHAPES[k][2] for k in fits}) == 1 or "excluded" in kind, f"{' or '.join(fits)}: ambiguous, remove the keys of all but one")
     what, _, read = SHAPES[fits[0]]
     if what == "prefs":
         answers, scores = read(row)
@@ -245,11 +244,10 @@ def parse(row, kind):
     else:
         asked, rest = read(row)
         items = [(asked + rest[:k], [t], [1.0], []) for k, t in enumerate(rest) if t["role"] == "assistant" and asked + rest[:k]]
-    system, text = messages(row.get("system") or [], "system"), lambda t: t["content"] if isinstance(t["content"], str) else ""
-    items = [(system + prompt, [*map(text, answers)], *rest) for prompt, answers, *rest in items]
-    texts = all(isinstance(t["content"], str) for p, *_ in items for t in p)
-    whole = all(p and p[-1]["role"] != "assistant" and text(p[-1]).strip() for p, *_ in items) and texts
-    check(items and whole, "no prompt (key prompt), no answer, or a turn that is not a text", Dropped)
+    system, say = messages(row.get("system") or [], "system"), lambda t: t["content"] if isinstance(t["content"], str) else ""
+    ok = lambda p: p and say(p[-1]).strip() and {type(t["content"]) for t in p} == {str} and (what == "sft" or p[-1]["role"] != "assistant")
+    items = [(system + p if ok(p) else [], [*map(say, answers)], *rest) for p, answers, *rest in items]
+    check(any(p for p, *_ in items), "no prompt (key prompt), no answer, or a turn that is not a text", Dropped)
     json.dumps(items, ensure_ascii=False).encode()  # half of a surrogate pair fails here, where the row is known
     return fits[0], items
 
@@ -310,7 +308,7 @@ def encode_row(row, tok, max_length):
     prompt, responses, scores, dropped = [], [], [], []
     for text, score in zip(row["responses"], row["scores"]):
         try:
-            check(text.strip(), "empty, or not a text", Dropped)
+            check(row["prompt"] and text.strip(), "empty, or not a text", Dropped)
             prompt = prompt or encode_prompt(tok, row["prompt"])
             ids = encode_response(tok, row["prompt"], text, prompt)
             check(len(prompt) + len(ids) <= max_length, "over-long", Dropped)
@@ -396,13 +394,14 @@ def begin(out, args, inputs, rewritable=None):
     """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json says what makes the
     result. ValueError for an OUT of other arguments, unless it has the key `rewritable`, or an OUT.partial with checkpoints."""
     now = args | dict(out="", replicas=1, save_every=0, tokens_per_forward=0, replay=0, checkpoint_layers=0)  # no difference
-    now = json.loads(json.dumps(now | dict(inputs={p: fingerprint(p) for p in inputs})))
-    same = lambda x, i: {k: i.get(v, v) if isinstance(v, str) else v for k, v in x.items()} | dict(inputs=sorted(i.values()))
+    files = {p: fingerprint(p) for p in inputs}  # by content: they may be moved
+    text = functools.reduce(lambda text, p: text.replace(p, files[p]), sorted(files, key=len)[::-1], json.dumps(now))
+    now = json.loads(json.dumps(now | dict(inputs=files, made_of=json.loads(text) | dict(inputs=sorted(files.values())))))
     done, partial = Path(out), Path(f"{out}.partial")
     check((done / "args.json").exists() or not done.exists(), f"{out} is not of this script; choose another --out")
     for folder in (f for f in (done, partial) if (f / "args.json").exists()):
         old = json.loads((folder / "args.json").read_text())
-        a, b = same(old, old["inputs"]), same(now, now["inputs"])  # by content: a folder may be moved
+        a, b = old.get("made_of", old), now["made_of"]
         diff = [f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k)]
         kept = rewritable not in old if folder == done else (folder / "checkpoints").exists()
         check(not diff or not kept, f"{folder} is of other arguments ({'; '.join(diff)}); remove it or change --out, OUT of run_all.sh")
@@ -441,6 +440,7 @@ def main(args):
     if make is None:
         return print(f"{args.out} is complete")
     excluded = args.exclude_prompts_from and parse_source(args.exclude_prompts_from, args.seed, "prefs, sft or excluded")[0]
+    check(excluded != [], f"{args.exclude_prompts_from}: has no prompt, or none with an answer")
     out, prompts = make(), {}
     try:
         tok = load_tokenizer(toy_model(out / "model", args.seed) if toy else args.model)

@@ -10,6 +10,8 @@ import importlib.util
 import inspect
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -354,6 +356,15 @@ def test_an_edit_of_a_loss_or_of_what_it_calls_is_noticed(tmp_path, edit, name, 
         spec.loader.exec_module(module)
         hashes.append(module.code_of(module.LOSSES[name]))
     assert (hashes[0] != hashes[1]) == noticed
+
+
+def test_the_hash_of_a_loss_is_the_same_in_every_process(tmp_path):
+    """A local variable may have the name of anything in align.py, such as loss: no address in memory may get into the hash."""
+    spliced = "@loss\ndef spliced_in_by_the_test(pi):\n    loss, dpo, LOSSES, F = pi.l - pi.w, 1, 2, 3\n    return loss\n\ndef configure("
+    (tmp_path / "fork.py").write_text((ROOT / "align.py").read_text().replace("def configure(", spliced))
+    code = f"import sys; sys.path[:0] = ['{tmp_path}', '{ROOT}']; import fork; print(fork.code_of(fork.LOSSES['spliced_in_by_the_test']))"
+    one, other = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert one == other and len(one) == 17
 
 
 def test_constants_and_functions_that_are_passed_on_count_as_well(tmp_path):

@@ -194,6 +194,8 @@ SHAPES = {  # name: (kind, row, rows wanted as (prompt, responses, scores, style
     "completion of a dialogue": ("sft", dict(prompt=say(U, A, U2), completion=say(B)), [(chatml(U, A, U2), ["It is 3"], [1], [])], "prompt-completion"),
     "ShareGPT demonstration": ("sft", dict(conversations=gpt(S, U, A)), [(chatml(S, U), ["It is 2"], [1], [])], "ShareGPT conversation"),
     "Alpaca": ("sft", dict(instruction="Add", input="2", output="It is 2"), [(chatml(("user", "Add\n2")), ["It is 2"], [1], [])], "Alpaca"),
+    "two turns of the assistant": ("sft", dict(messages=say(U, A, B, U2, A)), [(chatml(U), ["It is 2"], [1], []), (chatml(U, A), ["It is 3"], [1], []),
+                                   (chatml(U, A, B, U2), ["It is 2"], [1], [])], "messages"),
     "greeted": ("sft", dict(messages=say(B, U, A)), [(chatml(B, U), ["It is 2"], [1], [])], "messages"),
     "both kinds of turn in one struct": ("train", dict(chosen=[x | dict(content=None) for x in gpt(U, A)], rejected=[dict(role="user", content="Add 2", value=None), *gpt(B)]),
                                          ONE, "TRL conversational"),
@@ -229,7 +231,7 @@ def test_sources_of_every_kind_give_the_same_rows(toks, tmp_path):
     at(6, ".jsonl").write_text("\n".join(map(json.dumps, raw[2:])))
     at(6, ".json").write_text(json.dumps(raw[:2]))
     datasets.Dataset.from_list(raw).save_to_disk(at(7, ""))
-    datasets.DatasetDict(set=datasets.Dataset.from_list(raw)).save_to_disk(at(8, ""))
+    datasets.DatasetDict(train=datasets.Dataset.from_list(raw)).save_to_disk(at(8, ""))
     sources = [str(tmp_path / str(k)) for k in range(1, 7)] + [f"{at(6, '.json')},{at(6, '.jsonl')}"]
     sources += [str(next(tmp_path.glob(f"{k}/set*"))) for k in (1, 2, 3, 4, 5, 7, 8)]
     tables = [P.build(source, toks["chatml"], settings_of(500), "train")[0].to_list() for source in sources]
@@ -334,7 +336,7 @@ BAD_ROWS = [  # (kind, a second row, what its message must say)
     ("train", '{"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "x"}, "rejected": {"from": "bing", "value": "y"}}', "bing"),
     ("train", '{"instruction": "i", "history": [["q", "a"]], "chosen": "x", "rejected": "y"}', "history"),
     ("sft", '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": false}', "pair good with bad"),
-    ("eval", '{"input": "p", "output_1": "x", "output_2": "y", "label": true}', "pair good with bad"),
+    ("sft", '{"prompt": "p", "completion": "x", "label": 0}', "pair good with bad"),
     ("eval", '{"prompt": "p", "chosen": ["x", "y"], "rejected": ["z", "v"]}', "no known shape"),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1]}', "a finite score for each"),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, null]}', ""),
@@ -372,7 +374,8 @@ def test_rows_that_lack_something_are_dropped_and_counted(toks, tmp_path, kind, 
     """A row of 60,000 that is null somewhere must not end the run; a null turn in the middle is not an empty one."""
     good = dict(prompt="p", completion="x") if kind == "sft" else PAIR
     kept, report = build(tmp_path, toks["chatml"], [good, *rows], kind)
-    assert len(kept) == 1 and sum(report["dropped"].values()) == len(rows) and all(why in reason for reason in report["dropped"])
+    assert len(kept) == 1 and sum(report["dropped"].values()) == len(rows) + (kind == "sft")  # the last has two demonstrations
+    assert all(why in reason for reason in report["dropped"])
 
 
 def test_splits_are_not_joined_unless_they_are_named(toks, tmp_path):
@@ -383,12 +386,17 @@ def test_splits_are_not_joined_unless_they_are_named(toks, tmp_path):
     splits = datasets.DatasetDict(train=datasets.Dataset.from_list([PAIR]), test=datasets.Dataset.from_list([dict(PAIR, prompt="t")]))
     splits.save_to_disk(tmp_path / "dict")
     count = lambda source: P.build(source, toks["chatml"], settings_of(500), "train")[1]["kept"]
-    for source in (tmp_path / "data", tmp_path, tmp_path / "dict"):
-        with pytest.raises(ValueError, match="has the splits .*test"):
+    for name in ("pairs-train", "pairs-test"):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        (tmp_path / "flat" / f"{name}.jsonl").write_text(json.dumps(PAIR))
+    for source in (tmp_path / "data", tmp_path, tmp_path / "dict", tmp_path / "flat"):
+        with pytest.raises(ValueError, match="has the splits test, train;"):
             count(str(source))
     assert count(str(tmp_path / "dict" / "train")) == 1 and count(f"{tmp_path / 'dict' / 'train'},{tmp_path / 'dict' / 'test'}") == 2
     (tmp_path / "data" / "test_prefs.jsonl").unlink()
     assert count(str(tmp_path / "data")) == 2  # shards of one split
+    (tmp_path / "data" / ".cache").mkdir()
+    (tmp_path / "data" / "images").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text("{}")  # as LLaMA-Factory and older clones have beside their data
     assert count(str(tmp_path / "data")) == 2
 
@@ -402,6 +410,19 @@ def test_a_complete_folder_is_known_by_the_contents_of_its_inputs(tmp_path):
     begin(old)().rename(out)
     old.rename(new)
     assert begin(new) is None and begin(f"{new}/../new") is None
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "args.json").write_text('{"lr": 1}')
+    with pytest.raises(ValueError, match="of other arguments"):
+        P.begin(str(tmp_path / "foreign"), dict(lr=2.0), [])
+    sets = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for k, path in enumerate(sets):
+        path.write_text(f"{k}")
+    swapped = lambda: P.begin(str(tmp_path / "two"), dict(eval=[f"A={sets[0]}", f"B={sets[1]}"]), map(str, sets))
+    swapped()().rename(tmp_path / "two")
+    assert swapped() is None
+    sets[0].write_text("1"), sets[1].write_text("0")
+    with pytest.raises(ValueError, match="of other arguments .eval: "):  # the same contents, but not under the same names
+        swapped()
     with pytest.raises(ValueError, match="lr: 1.0 -> 2.0"):
         begin(new, lr=2.0)
     (new / "rows.jsonl").write_bytes(b"x" * 1_500_000 + b"y" + b"x" * 1_499_999)
