@@ -146,7 +146,7 @@ def toy_model(out, seed):
 
 # --------------------------------------------------------------------------- sources and shapes
 def read_source(source, seed=0):
-    """[(where it stands, raw row)]. A row without a `domain` gets the file's stem as its own."""
+    """[(source, number, raw row)]. A row without a `domain` gets the file's stem as its own."""
     from datasets import Dataset, exceptions, load_dataset, load_from_disk
     path, files = Path(source), r"(?!dataset_(dict|infos?)\.json).*\.(jsonl?(\.gz)?|parquet)"
     if "," in source:
@@ -157,7 +157,7 @@ def read_source(source, seed=0):
         check(len(splits) < 2, f"{source}: has the splits {', '.join(sorted(splits))}; name the files or folders you mean, with commas")
         return [row for part in inside for row in read_source(str(part), seed)]
     if source.startswith("toy:"):
-        return [(source, row) for row in toy_rows(source[4:], seed)]
+        return [(source, k, row) for k, row in enumerate(toy_rows(source[4:], seed), 1)]
     if path.is_file():
         try:
             parquet, plain = path.suffix == ".parquet", gzip.decompress if path.suffix == ".gz" else bytes
@@ -176,7 +176,7 @@ def read_source(source, seed=0):
         commit = re.findall(r"\b[0-9a-f]{40}\b", str(rows.cache_files)) or [hub[2] or "main"]  # its cache is named by it
         source, path = f"{hub[1]}@{commit[0]}:{hub[3] or 'train'}", Path(hub[1])
     own = lambda row: row | dict(domain=row.get("domain") or path.name.split(".")[0])
-    return [(f"{source}, row {k}", own(row) if isinstance(row, dict) else row) for k, row in enumerate(rows, 1)]
+    return [(source, k, own(row) if isinstance(row, dict) else row) for k, row in enumerate(rows, 1)]
 
 class Dropped(Exception): """Why a row or a response is left out; counted in the report."""
 
@@ -216,6 +216,7 @@ SHAPES = {  # name: (what for, keys that tell it, row -> answers and scores; of 
     "ShareGPT conversation": ("sft", "conversations", lambda r: ([], messages(r["conversations"]))),
     "Alpaca": ("sft", "prompt output", lambda r: (messages(r["prompt"]), messages(r["output"], "assistant"))),
     "prompts": ("excluded", "prompt", lambda r: (messages(r["prompt"]), messages("", "assistant")))}
+WANTS = {name: {*words.split()} for name, (_, words, _) in SHAPES.items()}
 
 def parse(row, kind):
     """A row -> (its shape, [(prompt messages, answers, scores, styles)]); a demonstration for each assistant turn after the prompt."""
@@ -223,10 +224,9 @@ def parse(row, kind):
     asked = row.get("conversations") or "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
     row = dict(prompt=asked) | row if asked else row
     has = {*row, *(f"{k}:{'str' if not isinstance(x, list) else 'list' if isinstance(x[0], dict) else len(x)}" for k, x in row.items())}
-    wants = {name: {*words.split()} for name, (_, words, _) in SHAPES.items()}
-    fits = [name for name in SHAPES if wants[name] <= has and SHAPES[name][0] in kind]
-    near = min([*SHAPES][:-1], key=lambda name: (len(wants[name] - has) / len(wants[name]), name != "TRL standard"))
+    fits = [name for name in SHAPES if WANTS[name] <= has and SHAPES[name][0] in kind]
     check("history" not in row and ("label" not in row or {"output_1", "chosen"} & has), "history: use messages; label: pair good with bad")
+    near = min((k for k in SHAPES if k != "prompts"), key=lambda k: (len(WANTS[k] - has) / len(WANTS[k]), k != "TRL standard"))
     hint = f"has the keys {keys}, no known shape of --{kind}: rename them; {near}, of --{SHAPES[near][0]}, has {SHAPES[near][1]}"
     check(fits, hint, ValueError if {*keys} <= {*row} else Dropped)  # without those that have no value
     check(len({SHAPES[k][2] for k in fits}) == 1 or "excluded" in kind, f"{' or '.join(fits)}: ambiguous, remove the keys of all but one")
@@ -337,7 +337,7 @@ def parse_source(source, seed, kind, excluded=()):
     """A source -> (parsed rows, none twice or with an excluded prompt; counts). ValueError names a bad row."""
     parsed, seen = [], {json.dumps(row["prompt"]): "prompt excluded" for row in excluded or ()}
     shapes, dropped, raw = Counter(), Counter(), read_source(source, seed)
-    for k, (where, row) in enumerate(raw):
+    for k, (part, number, row) in enumerate(raw):
         try:
             shape, items = parse(row, kind)
         except Dropped as reason:
@@ -345,7 +345,7 @@ def parse_source(source, seed, kind, excluded=()):
             continue
         except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
             said = error if isinstance(error, ValueError) else f"not the values of its shape: {error!r}"
-            raise ValueError(f"{where}: {said}") from None
+            raise ValueError(f"{part}, row {number}: {said}") from None
         shapes[shape] += 1
         name = next((row[key] for key in ("id", "prompt_id") if row.get(key) is not None), k)
         for item in items:
@@ -356,8 +356,8 @@ def parse_source(source, seed, kind, excluded=()):
             seen[all_of_it] = "duplicate"
             parsed.append(dict(zip(("prompt", "responses", "scores", "style"), item), id=str(name), meta=json.dumps(row, default=str),
                                domain=str(row.get("subset" if shape == "RewardBench" else "domain", ""))))
-    read = {x: fingerprint(x) for x in dict.fromkeys(where.split(", row ")[0] for where, _ in raw)}
-    return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped, source=read)
+    check(parsed, f"{source}: nothing is left of {len(raw)} rows; dropped {dict(dropped)}")
+    return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped, source={x: fingerprint(x) for x in {x: 0 for x, *_ in raw}})
 
 def build(source, tok, args, kind, excluded=()):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
@@ -394,14 +394,16 @@ def begin(out, args, inputs, rewritable=None):
     """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json says what makes the
     result. ValueError for an OUT of other arguments, unless it has the key `rewritable`, or an OUT.partial with checkpoints."""
     now = args | dict(out="", replicas=1, save_every=0, tokens_per_forward=0, replay=0, checkpoint_layers=0)  # no difference
-    files = {p: fingerprint(p) for p in inputs}  # by content: they may be moved
-    text = functools.reduce(lambda text, p: text.replace(p, files[p]), sorted(files, key=len)[::-1], json.dumps(now))
-    now = json.loads(json.dumps(now | dict(inputs=files, made_of=json.loads(text) | dict(inputs=sorted(files.values())))))
+    now = json.loads(json.dumps(now | dict(inputs={p: fingerprint(p) for p in inputs})))
+    def content(x):  # with what is in the inputs for their names: they may be moved
+        files = x.get("inputs") or {"": ""}
+        names = f'(?<=[",=])({"|".join(map(re.escape, files))})(?=[",])'
+        return {k: re.sub(names, lambda m: files[m[0]], json.dumps(v, ensure_ascii=False)) for k, v in x.items()}
     done, partial = Path(out), Path(f"{out}.partial")
     check((done / "args.json").exists() or not done.exists(), f"{out} is not of this script; choose another --out")
     for folder in (f for f in (done, partial) if (f / "args.json").exists()):
         old = json.loads((folder / "args.json").read_text())
-        a, b = old.get("made_of", old), now["made_of"]
+        a, b = content(old), content(now)
         diff = [f"{k}: {old.get(k)} -> {now.get(k)}" for k in sorted(a | b) if a.get(k) != b.get(k)]
         kept = rewritable not in old if folder == done else (folder / "checkpoints").exists()
         check(not diff or not kept, f"{folder} is of other arguments ({'; '.join(diff)}); remove it or change --out, OUT of run_all.sh")
@@ -440,7 +442,6 @@ def main(args):
     if make is None:
         return print(f"{args.out} is complete")
     excluded = args.exclude_prompts_from and parse_source(args.exclude_prompts_from, args.seed, "prefs, sft or excluded")[0]
-    check(excluded != [], f"{args.exclude_prompts_from}: has no prompt, or none with an answer")
     out, prompts = make(), {}
     try:
         tok = load_tokenizer(toy_model(out / "model", args.seed) if toy else args.model)

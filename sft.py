@@ -376,9 +376,8 @@ def save_model(scorer, tok, partial, args):
         else:  # a reward model: transformers scores the last token that is not padding
             ids = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
             tok.pad_token_id = lm.config.pad_token_id = next(i for i in ids if i not in (None, end))
-        names = {k: id(v) for k, v in lm.state_dict(keep_vars=True).items()}
-        cast = {names[k]: v.to(dtype) for k, v in state.items()}  # tied weights stay one tensor
-        lm.save_pretrained(partial, state_dict={k: cast[i] for k, i in names.items()})
+        tied = lm.all_tied_weights_keys  # of two names one is written
+        lm.save_pretrained(partial, state_dict={k: v.to(dtype) for k, v in state.items() if k not in tied})
         lm.config.dtype = dtype
         lm.config.save_pretrained(partial)
         tok.save_pretrained(partial)

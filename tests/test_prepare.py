@@ -410,10 +410,20 @@ def test_a_complete_folder_is_known_by_the_contents_of_its_inputs(tmp_path):
     begin(old)().rename(out)
     old.rename(new)
     assert begin(new) is None and begin(f"{new}/../new") is None
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "args.json").write_text('{"lr": 1}')
+    with pytest.raises(ValueError, match="lr: 1.0 -> 2.0"):
+        begin(new, lr=2.0)
+    (new / "rows.jsonl").write_bytes(b"x" * 1_500_000 + b"y" + b"x" * 1_499_999)
+    with pytest.raises(ValueError, match="of other arguments .data: .*old -> .*new"):
+        begin(new)
+
+
+def test_a_folder_of_others_is_refused(tmp_path):
+    (tmp_path / "args.json").write_text('{"lr": 1}')
     with pytest.raises(ValueError, match="of other arguments"):
-        P.begin(str(tmp_path / "foreign"), dict(lr=2.0), [])
+        P.begin(str(tmp_path), dict(lr=2.0), [])
+
+
+def test_inputs_that_changed_places_are_other_inputs(tmp_path):
     sets = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for k, path in enumerate(sets):
         path.write_text(f"{k}")
@@ -423,11 +433,20 @@ def test_a_complete_folder_is_known_by_the_contents_of_its_inputs(tmp_path):
     sets[0].write_text("1"), sets[1].write_text("0")
     with pytest.raises(ValueError, match="of other arguments .eval: "):  # the same contents, but not under the same names
         swapped()
-    with pytest.raises(ValueError, match="lr: 1.0 -> 2.0"):
-        begin(new, lr=2.0)
-    (new / "rows.jsonl").write_bytes(b"x" * 1_500_000 + b"y" + b"x" * 1_499_999)
-    with pytest.raises(ValueError, match="of other arguments .data: .*old -> .*new"):
-        begin(new)
+
+
+@pytest.mark.parametrize("name", [".", "a@beta=1", "data"])
+def test_an_input_may_have_any_name(name, tmp_path, monkeypatch):
+    """A name that occurs elsewhere in the arguments, as a part of a number or as a key, is replaced in its own place alone."""
+    (tmp_path / "here" / name).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "here" / name / "rows").write_text("x")
+    monkeypatch.chdir(tmp_path / "here")
+    begin = lambda path: P.begin(str(tmp_path / "out"), dict(data=path, models=[path], eval=[f"T={path}"], lr=0.1), [path])
+    begin(name)().rename(tmp_path / "out")
+    assert begin(name) is None and begin(str(tmp_path / "here" / name)) is None
+    (tmp_path / "here" / name / "rows").write_text("y")
+    with pytest.raises(ValueError, match="data: "):
+        begin(name)
 
 
 def test_a_parquet_file_without_rows_is_named(toks, tmp_path):
