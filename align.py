@@ -34,8 +34,8 @@ import torch.nn.functional as F
 import tqdm
 
 from prepare_data import check, fingerprint, run
-from sft import (batch_indices, end_step, learning_rate, load_checkpoint, load_rows, on_rank0, plan,
-                 print0, save_model, score, start, trainer_arguments, update)
+from sft import (batch_indices, end_step, learning_rate, load_checkpoint, load_rows, on_device,
+                 on_rank0, plan, print0, save_model, score, start, trainer_arguments, update)
 
 # ---------------------------------------------------------------------------------------- losses
 # r = w / nw - l / nl, the length-normalised margin of a pair, is what models are ranked by.
@@ -232,9 +232,8 @@ def nca(pi, ref, *, beta=0.01):
 def exo(pi, ref, *, beta=0.1, eps=1e-3):
     """KL(q || [1 - eps, eps]), q = softmax(beta * [u, v]).  EXO, arXiv 2402.00856 eq. 16.
     (The official code's label log-probs [0, -10] are eps = exp(-10).)"""
-    logq = F.log_softmax(beta * torch.stack([pi.w - ref.w, pi.l - ref.l]), dim=0)  # (2, G)
-    label = torch.tensor([[1 - eps], [eps]], dtype=logq.dtype, device=logq.device).log()
-    return (logq.exp() * (logq - label)).sum(0)
+    w, l = F.log_softmax(beta * torch.stack([pi.w - ref.w, pi.l - ref.l]), dim=0)  # log q
+    return w.exp() * (w - math.log(1 - eps)) + l.exp() * (l - math.log(eps))
 
 @loss
 def sppo(pi, ref, *, beta=0.001):
@@ -439,7 +438,7 @@ def gather(outs, mine, shape, device):
     """Log-probs (K, G) in data order, the same on every rank. outs: this rank's, of the pairs at the
     positions `mine`, which it writes into zeros; the sum over ranks is exact, and float64 free."""
     full = torch.zeros(shape, dtype=torch.float64, device=device)
-    full[:, mine] = torch.cat(outs).detach().double().view(-1, shape[0]).T
+    full[:, on_device(mine, device)] = torch.cat(outs).detach().double().view(-1, shape[0]).T
     dist.all_reduce(full)
     return full
 
@@ -494,7 +493,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
 
     def settle(window, outs):
         nonlocal state
-        here = sorted(i for share in shares for k in window for i in share[k])
+        here = on_device(sorted(i for share in shares for k in window for i in share[k]), device)
         logps.add_(gather(outs, [i for k in window for i in micros[k]], logps.shape, device))
         leaf = logps[:, here].requires_grad_()
         values, state = losses_of(leaf, here)
@@ -510,8 +509,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
             settle(window, outs)
-        mine = [grads[:, micros[k]].T.flatten() * world for k in window]  # FSDP averages over ranks
-        torch.autograd.backward(outs, [g.to(out.dtype) for g, out in zip(mine, outs)])
+        mine = [grads[:, on_device(micros[k], device)].T.flatten() for k in window]
+        torch.autograd.backward(outs, [(world * g).to(x.dtype) for g, x in zip(mine, outs)])  # FSDP averages
     return losses, logps, grads, state
 
 def describe(losses, logps, grads, lengths):

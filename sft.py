@@ -20,6 +20,7 @@ import signal
 import time
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -71,41 +72,41 @@ def on_rank0(function, *args, what=""):
 print0 = functools.partial(on_rank0, functools.partial(print, flush=True))
 
 # ---------------------------------------------------------------------- the model and its scores
-UNSUPPORTED = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # of a config; not done here
 HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
 def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0.0,
            sliding_window=None, softcap=None, **others):
-    """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value
-    (1, K, T, D) -> (1, T, H, D). See `pack` for the layout: for attention alone each response is a
-    causal sequence with its own copy of the prompt. What would change the maths is refused."""
+    """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value (1, K, T, D)
+    -> (1, T, H, D). The layout of `pack` makes each response, with a copy of its prompt, a causal
+    sequence. What would change the maths is refused."""
     others = {k for k in others if others[k] is not None} - {"position_ids", "cache_position", "use_cache"}
     check(not (dropout or others), f"attention with {others or 'dropout'} is not supported")
-    flat, back, ends, blocks = layout
-    q, k, v = (x[0].transpose(0, 1).index_select(0, flat) for x in (query, key, value))  # (M, ., D)
+    q, k, v = (x[0].transpose(0, 1).index_select(0, layout.flat) for x in (query, key, value))  # (M, ., D)
     if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
-        longest, left = blocks[0][1], sliding_window - 1 if sliding_window else None
+        left, right = (sliding_window - 1, 0) if sliding_window else (None, None)
         out = torch.ops.aten._flash_attention_forward(
-            q, k, v, ends, ends, longest, longest, 0.0, True, False, scale=scaling,
-            window_size_left=left, window_size_right=0 if sliding_window else None)[0]
+            q, k, v, layout.ends, layout.ends, layout.longest, layout.longest, 0.0, True, False,
+            scale=scaling, window_size_left=left, window_size_right=right)[0]
     else:
-        parts = zip(blocks, *(x.split([n * size for n, size in blocks]) for x in (q, k, v)))
-        out = torch.cat([attend_block(*(x.unflatten(0, block).transpose(1, 2) for x in qkv),
-                                      scaling, sliding_window, softcap) for block, *qkv in parts])
-    return out.index_select(0, back)[None], None
+        out = attend_blocks(q, k, v, layout, scaling, sliding_window, softcap)
+    return out.index_select(0, layout.back)[None], None
 
-def attend_block(q, k, v, scaling, window, softcap):
-    """Causal attention of sequences padded on the right: (S, heads, L, D) -> (S * L, H, D)."""
-    length = q.shape[2]
-    seen = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
-    if softcap is None:
-        how = dict(is_causal=True) if (window or length) >= length else dict(attn_mask=seen)
-        out = F.scaled_dot_product_attention(q, k, v, **how, scale=scaling, enable_gqa=True)
-    else:  # Gemma-2
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        weights = softcap * torch.tanh(q @ k.mT * (scaling / softcap))
-        weights = weights.masked_fill(~seen, -math.inf).softmax(-1, dtype=torch.float32)
-        out = weights.to(v.dtype) @ v
-    return out.transpose(1, 2).flatten(0, 1)
+@torch.compiler.disable  # or each layout would be compiled anew
+def attend_blocks(q, k, v, layout, scaling, window, softcap):
+    """Causal attention of sequences padded on the right, block by block: (M, ., D) -> (M, H, D)."""
+    outs, sizes = [], [n * length for n, length in layout.blocks]
+    for (n, length), *parts in zip(layout.blocks, *(x.split(sizes) for x in (q, k, v))):
+        q, k, v = (x.unflatten(0, (n, length)).transpose(1, 2) for x in parts)  # (n, ., L, D)
+        seen = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
+        if softcap is None:
+            how = dict(is_causal=True) if (window or length) >= length else dict(attn_mask=seen)
+            out = F.scaled_dot_product_attention(q, k, v, **how, scale=scaling, enable_gqa=True)
+        else:  # Gemma-2
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            weights = softcap * torch.tanh(q @ k.mT * (scaling / softcap))
+            weights = weights.masked_fill(~seen, -math.inf).softmax(-1, dtype=torch.float32)
+            out = weights.to(v.dtype) @ v
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
 
 transformers.AttentionInterface.register("packed", attend)
 
@@ -119,40 +120,38 @@ class Scorer(torch.nn.Module):
     def forward(self, ids, positions, source, target, owner, last, layout):
         """Summed log-probs (R, 1) in nats, fp32, of responses that `pack` packed; or their rewards.
         With self.squares (R, 2): beside them the sums of log sum_v pi(v)^2 over all tokens v."""
-        hidden = self.lm.base_model(input_ids=ids[None], position_ids=positions[None],
-                                    use_cache=False, layout=layout).last_hidden_state  # (1, T, D)
+        hidden = self.lm.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False,
+                                    layout=SimpleNamespace(**layout)).last_hidden_state  # (1, T, D)
         if hasattr(self.lm, "score"):
             return self.lm.score(hidden[0, last]).float()
-        hidden = hidden[0].index_select(0, source)  # (N, D)
-        chunks = zip(hidden.split(HEAD_CHUNK), target.split(HEAD_CHUNK))
-        logps = [checkpoint(self.token_logps, h, y, use_reentrant=False) for h, y in chunks]
-        logps = torch.cat(logps)  # (N, 1 or 2)
+        chunks = zip(hidden[0].index_select(0, source).split(HEAD_CHUNK), target.split(HEAD_CHUNK))
+        logps = torch.cat([checkpoint(self.token_logps, h, y, use_reentrant=False) for h, y in chunks])
         return logps.new_zeros(len(last), logps.shape[1]).index_add(0, owner, logps)
 
     def token_logps(self, hidden, target):
         logits = self.lm.get_output_embeddings()(hidden).float()  # (chunk, V)
         if softcap := getattr(self.lm.config, "final_logit_softcapping", None):
             logits = softcap * torch.tanh(logits / softcap)
-        logp = -F.cross_entropy(logits, target, reduction="none")[:, None]  # (chunk, 1)
-        if not self.squares:
-            return logp
-        with torch.no_grad():
-            square = torch.logsumexp(2 * logits, 1) - 2 * torch.logsumexp(logits, 1)
-        return torch.cat([logp, square[:, None]], 1)
+        logps = [-F.cross_entropy(logits, target, reduction="none")]
+        if self.squares:
+            with torch.no_grad():
+                logps.append(torch.logsumexp(2 * logits, 1) - 2 * torch.logsumexp(logits, 1))
+        return torch.stack(logps, 1)  # (chunk, 1 or 2)
 
 def load_config(path):
     """The config of a Hugging Face folder or hub id; ValueError if there is none."""
     return on_rank0(lambda: transformers.AutoConfig.from_pretrained(path, trust_remote_code=False),
                     what=f"{path}: neither a model folder nor a hub id within reach: ")
 
-def load_model(path, device, checkpointed=0, reward=False, replicas=1):
+def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=False):
     """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout).
     Weights are fp32; on a GPU forward and backward run in bf16. Rank 0 alone reads the weights.
-    checkpointed: how many of the decoder layers recompute their activations.  reward: a scalar
-    head in place of the LM head.  replicas: copies, each sharded over its processes (HSDP)."""
+    checkpointed: how many of the decoder layers recompute their activations.  compiled: each
+    layer by torch.compile, once for all lengths.  reward: a scalar head in place of the LM head.
+    replicas: copies, each sharded over its processes (HSDP)."""
     config, auto = load_config(path), transformers.AutoModelForCausalLM
-    scaled = [k for k in UNSUPPORTED if getattr(config, k, None) not in (None, 1.0)]
-    check(not scaled, f"{path}: its config sets {scaled}, which the scorer does not apply")
+    scaled = {k: getattr(config, k, None) for k in ("logit_scale", "logits_scaling", "lm_head_multiplier")}
+    check({*scaled.values()} <= {None, 1.0}, f"{path}: its config has {scaled}; the scorer does not scale logits")
     if reward:
         auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
     box, how = [None], dict(config=config, dtype=torch.float32, attn_implementation="packed")
@@ -179,10 +178,11 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1):
     for name, buffer in lm.named_buffers():  # rotary frequencies: not in any state dict
         buffer.copy_(known[name])
     lm.generation_config = getattr(full or lm, "generation_config", None)  # none: a reward model
-    if checkpointed:  # the older name: transformers before 5.20
-        getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()
-        for layer in lm.base_model.layers[:checkpointed]:
-            layer.training = True  # this flag alone: it checkpoints, and dropout inside stays off
+    getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # its name from 5.20, before
+    for k, layer in enumerate(lm.base_model.layers):
+        layer.training = k < checkpointed  # this flag alone: it checkpoints, and dropout inside stays off
+        if compiled:
+            layer.compile(dynamic=True)
     return scorer
 
 # ---------------------------------------------------------- data order, micro-batches, packed rows
@@ -212,10 +212,9 @@ def pack(rows, similar):
     ids, positions (T,); for each of N response tokens, source (N,), the place in T that predicts
     it, target (N,), its id, owner (N,), its response; last (R,), the places of end tokens; and the
     layout of `attend`:
-
     flat (M,), each response as a sequence of places in T, its prompt's and its own, padded to
     blocks [(sequences, length)] of similar length; back (T,), the place in M that computes a token;
-    ends, the sum of lengths up to each block."""
+    ends, the sum of lengths up to each block; longest, the length of the first."""
     ids, places, counts = [], [], []  # counts: response tokens of each sequence of places
     for prompt, responses in rows:
         prefix = range(len(ids), len(ids) + len(prompt))
@@ -237,8 +236,11 @@ def pack(rows, similar):
     target = ids[[k for seq, n in zip(places, counts) for k in seq[-n:]]]
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     ends = torch.tensor([0] + [n * length for n, length in blocks]).cumsum(0, dtype=torch.int32)
-    last, layout = torch.tensor([s[-1] for s in places]), (torch.tensor(flat), back, ends, blocks)
-    return ids, positions, source, target, owner, last, layout
+    layout = dict(flat=torch.tensor(flat), back=back, ends=ends, longest=blocks[0][1], blocks=blocks)
+    return ids, positions, source, target, owner, torch.tensor([s[-1] for s in places]), layout
+
+# with a plain list for an index the host would wait until the GPU has done all it was given
+on_device = lambda index, device: torch.tensor(index, dtype=torch.long).to(device, non_blocking=True)
 
 def score(scorer, rows, micro, device):
     """Summed log-probs (R,) of all responses of the rows `micro`; a dummy is run, and has R = 0.
@@ -407,9 +409,8 @@ def start(args, reward=False, files=(), **also):
     """Device, rows, tokenizer, scorer, optimizer and OUT.partial of a trainer; None if OUT is
     complete. Bad arguments fail here. files, also: what makes the result, besides args."""
     device, rows = setup(), load_rows(args.data)
-    positive = "batch_size", "clip", "epochs", "lr", "replicas", "tokens_per_forward"
     for name, value in vars(args).items():
-        least = 1e-300 if name in positive else 0
+        least = 1e-300 if name in "batch_size clip epochs lr replicas tokens_per_forward".split() else 0
         check(not isinstance(value, (int, float)) or least <= value < math.inf,
               f"--{name.replace('_', '-')} {value}: out of range")
     check(dist.get_world_size() % args.replicas == 0, "--replicas must divide the processes")
@@ -420,7 +421,7 @@ def start(args, reward=False, files=(), **also):
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
         return print0(f"{args.out} is complete")
-    scorer = load_model(args.model, device, args.checkpoint_layers, reward, args.replicas)
+    scorer = load_model(args.model, device, args.checkpoint_layers, reward, args.replicas, args.compile)
     optimizer = make_optimizer(args.optimizer, scorer, args.weight_decay)
     return device, rows, tok, scorer, optimizer, on_rank0(make)
 
@@ -445,7 +446,7 @@ def main(args):
         for micro in plan(rows, world, args.tokens_per_forward)[rank]:
             out = score(scorer, rows, micro, device)
             (-out.sum() * world / tokens).backward()  # FSDP averages over ranks
-            logps[micro] = out.detach().double()
+            logps[on_device(micro, device)] = out.detach().double()
         dist.all_reduce(logps)
         lr, loss = learning_rate(step, steps, args.lr), -logps.sum().item() / tokens
         norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, batch["id"], logps)
@@ -467,6 +468,7 @@ def trainer_arguments(add, lr, batch_size, epochs, what):
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     add("--clip", type=float, default=1.0, help="largest global gradient norm (default 1)")
     add("--checkpoint-layers", type=int, default=0, metavar="K", help="layers that recompute (0)")
+    add("--compile", action="store_true", help="each layer by torch.compile; for a GPU")
     add("--replicas", type=int, default=1, help="of the model, each sharded; e.g. one a node (1)")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 2 are kept (0: none)")
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the result")

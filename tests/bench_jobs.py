@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import align  # noqa: E402
@@ -119,21 +118,6 @@ def pack_all(rows, similar, pack=sft.pack):
 def but_last(scorer, rows, micro, device, score=sft.score):
     return score(scorer, rows, micro, device)[:-1]
 
-class Hidden:
-    """The layout of sft.attend, out of sight of torch.compile, which would else compile anew for every one."""
-
-    def __init__(self, layout):
-        self.layout = layout
-
-def pack_hidden(rows, similar, pack=sft.pack):
-    *tensors, layout = pack(rows, similar)
-    return *tensors, Hidden(layout)
-
-@torch.compiler.disable
-def attend_hidden(module, query, key, value, attention_mask, scaling, layout, **others):
-    layout.layout = tree_map_only(torch.Tensor, lambda x: x.to(query.device), layout.layout)
-    return sft.attend(module, query, key, value, attention_mask, scaling, layout.layout, **others)
-
 VARIANTS = {  # name: what is replaced, and the changes of `train`
     "as it is": ({}, {}),
     "every response with a prompt of its own": ({"align.score": apart}, {}),
@@ -144,7 +128,7 @@ VARIANTS = {  # name: what is replaced, and the changes of `train`
     "micro-batches of one pair": ({}, dict(tokens=1)),
     "amapo, all layers recomputed": ({}, dict(checkpointed=1 << 30, loss="amapo")),
     "amapo --replay": ({}, dict(loss="amapo", replay=True)),
-    "each layer compiled, but for attention": ({"sft.pack": pack_hidden}, dict(compiled=True))}
+    "--compile": ({}, dict(compiled=True))}
 
 def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", lr=0.0, replay=False, checkpointed=0, compiled=False):
     """The loop of align.py without its log: dict(steps=[(loss, gradient norm, CPU-seconds, seconds)], memory, reference, its pass)."""
@@ -153,7 +137,6 @@ def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", l
     for k, layer in enumerate(scorer.lm.base_model.layers):
         layer.training = k < checkpointed
         layer.compile(dynamic=True) if compiled else setattr(layer, "_compiled_call_impl", None)
-    transformers.AttentionInterface.register("packed", attend_hidden if compiled else sft.attend)
     begin = clock()
     if loss == "dpo":
         ref = align.score_pairs(scorer, data, pairs, [], args, device, "reference", steps)

@@ -85,6 +85,8 @@ VARIANTS = {  # name: (stage and loss, arguments, processes); all but the first 
     "simpo-2-replay": ("simpo", ["--replay", *SMALL], 2), "simpo-4": ("simpo", SMALL, 4), "dpo-single": ("dpo", ["--tokens-per-forward", 1], 1),
     "dpo-replay": ("dpo", ["--replay"], 1), "dpo-recompute": ("dpo", ["--checkpoint-layers", 1, *SMALL], 1),
     "dpo-2-replay": ("dpo", ["--replay", *SMALL], 2), "dpo-4": ("dpo", [], 4)}
+COMPILED = {"amapo-2-compiled": ("amapo", ["--compile", "--checkpoint-layers", 1, *SMALL], 2), "dpo-2-compiled": ("dpo", ["--compile"], 2)}
+VARIANTS |= COMPILED if shutil.which("g++") else {}
 LONG = ["--batch-size", 9, "--max-steps", 24, "--lr", 1e-3, "--save-every", 2]
 
 
@@ -120,8 +122,10 @@ def runs(align, sft, tmp_path_factory):
     return {f.name: f for f in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "-" in name])
+@pytest.mark.parametrize("name", [name for name in VARIANTS | COMPILED if "-" in name])
 def test_result_does_not_depend_on_how_it_is_computed(name, runs, models):
+    if name not in VARIANTS:
+        pytest.skip("torch.compile needs g++")
     first = runs[name.partition("-")[0]]
     assert len(metrics(first)) == 6 and (VARIANTS[name][0] == "sft" or AUDIT <= metrics(first)[0].keys())
     assert_same_run(first, runs[name], models["llama"])
@@ -598,7 +602,7 @@ def test_what_costs_memory_alone_may_change_and_what_margins_say_may_not(tmp_pat
     margins = tmp_path / "m.json"
     margins.write_text("[1]")
     (begin(args["out"], args, [str(margins)])() / "checkpoints").mkdir()
-    assert callable(begin(args["out"], args | dict(replay=True, checkpoint_layers=2, tokens_per_forward=1, save_every=0), [str(margins)]))
+    assert callable(begin(args["out"], args | dict(replay=True, checkpoint_layers=2, compile=True, tokens_per_forward=1, save_every=0), [str(margins)]))
     with pytest.raises(ValueError, match="lr: 1.0 -> 2.0"):
         begin(args["out"], args | dict(lr=2.0), [str(margins)])
     margins.write_text("[2]")
