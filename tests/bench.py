@@ -59,7 +59,7 @@ PLANS = dict(cpu=dict(
     compiled=bool(shutil.which("g++")),  # the ablation has compiled layers too
     small=SHAPES["1M"], lengths=(256, 512, 1024, 2048, 4096, 8192), vocabularies=(8192, 32768, 131072),
     processes=((1, 1), (1, 2), (2, 1)),  # (processes, threads of each)
-    prompts=24, eval_tokens=4096, inline=False))  # RM-Bench's; tokens a forward; jobs inside this process
+    prompts=24, rm_bench="", eval_tokens=4096, inline=False))  # RM-Bench's, its folder; tokens a forward; jobs inside this process
 PLANS["cuda"] = PLANS["cpu"] | dict(
     shape=SHAPES["8B"], weights="bfloat16", optimizer="adamw8bit", lr=1e-6, scale=1.0, batch=32, tokens=4096, warm=3, timed=10,
     sides=CUDA_SIDES, matmul=8192, ablation_warm=1, ablation_timed=3, small=SHAPES["1B"], processes=((1, 4), (2, 4), (4, 4), (8, 4)),
@@ -81,8 +81,12 @@ def ultrafeedback(n, scale):
     length = lambda middle, sigma: max(4, min(int(1024 * scale), round(middle * scale * math.exp(rng.gauss(0, sigma)))))
     return [(length(120, 0.9), [length(288, 0.7), length(288, 0.7)]) for _ in range(n)]
 
-def rm_bench(n, scale):
-    """Sizes of n prompts like RM-Bench's: prompts of 100 to 300 tokens (assumed), styles of about 50, 450, 480, chosen and rejected."""
+def rm_bench(n, scale, folder):
+    """Sizes of n prompts like RM-Bench's: prompts of 100 to 300 tokens (assumed), styles of about 50, 450, 480, chosen and rejected. With
+    a folder of RM-Bench's own files: those of n of their rows, evenly spaced, at four characters a token."""
+    if rows := [row for file in sorted(Path(folder).glob("*.json")) for row in json.loads(file.read_text())] if folder else []:
+        tokens = lambda text: max(1, round(scale * len(text) / 4))
+        return [(tokens(row["prompt"]), [*map(tokens, row["chosen"] + row["rejected"])]) for row in rows[:: len(rows) // n][:n]]
     rng, styles = random.Random(0), (50, 450, 480) * 2
     return [(round(scale * rng.uniform(100, 300)), [round(scale * style * rng.uniform(0.6, 1.4)) for style in styles]) for _ in range(n)]
 
@@ -172,9 +176,10 @@ def trl(plan):
     table(f"{plan['timed']} optimizer steps of {batch} pairs", [
         "side", "CPU-seconds, each run", "seconds", f"{SECONDS} / ours", "pairs/s, median step (range)", "effective MFU", "executed / peak",
         MEMORY, "first step, s"], rows)
+    loading = several(run["loading"] for runs in done.values() for run in runs if "loading" in run)
     passes = several(run["reference"][KIND - 2] for run in done.get("dpo-ours", []) if not isinstance(run, str))
     print(f"\nPeak: {top / 1e12:.2f} TFLOP/s. Effective MFU has the operations of the work without padding or sharing in every row. "
-          f"Not in the table: the reference pass of ours, {passes or 'unmeasured'} {SECONDS}.")
+          f"Not in the table: the reference pass of ours, {passes or 'unmeasured'} {SECONDS}; loading and sharding, {loading or 'unmeasured'} s.")
 
 def ablation(plan):
     """The step with one technique less, and the modes of the loop; at learning rate 0, so that the loss is always the same."""
@@ -228,7 +233,7 @@ def growth(plan):
 def evaluation(plan):
     """RM-Bench-like scoring, beside padded forwards."""
     rows, base = [], None
-    for side, (spans, scores) in job(plan, "evaluation", sizes=rm_bench(plan["prompts"], plan["scale"])).items():
+    for side, (spans, scores) in job(plan, "evaluation", sizes=rm_bench(plan["prompts"], plan["scale"], plan["rm_bench"])).items():
         middle = median(span[KIND - 2] for span in spans)
         base = base or (middle, scores)
         gate(side, score=max(abs(a - b) for a, b in zip(scores, base[1], strict=True)))
@@ -245,7 +250,7 @@ def profile(plan):
 
 def spread(plan):
     """How far scores depend on batches, and on bf16."""
-    rows, sizes = [], rm_bench(plan["prompts"], plan["scale"])
+    rows, sizes = [], rm_bench(plan["prompts"], plan["scale"], plan["rm_bench"])
     (alone, batched), (low_alone, low_batched) = (job(plan, "spread", sizes=sizes, bf16=bf16) for bf16 in (False, True))
     for what, a, b in (("fp32: row by row, and batched", alone, batched), ("bf16: row by row, and batched", low_alone, low_batched),
                        ("batched: bf16, and fp32", low_batched, batched)):

@@ -155,15 +155,17 @@ def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", l
 
 def ours(plan, shape, optimizer, runs):
     """A `train` for each of `runs`, (variant, sizes, arguments), all on one model; a text where it ran out of memory."""
+    make(plan, shape)
+    begin = clock()
     device, scorer = load(plan, shape, checkpointed=shape[2])
-    optimizer, out = sft.make_optimizer(optimizer, scorer), []
+    loading, optimizer, out = since(begin)[1], sft.make_optimizer(optimizer, scorer), []
     for variant, sizes, arguments in runs:
         patches, changes = VARIANTS[variant]
         with contextlib.ExitStack() as stack:
             for target, replacement in patches.items():
                 stack.enter_context(mock.patch(target, replacement))
             try:
-                out.append(train(device, scorer, optimizer, draw(shape, sizes), **arguments | changes))
+                out.append(train(device, scorer, optimizer, draw(shape, sizes), **arguments | changes) | dict(loading=loading))
             except torch.OutOfMemoryError:  # after which FSDP's state is not to be trusted
                 return [*out, "out of memory"] + ["unmeasured, after a run out of memory"] * (len(runs) - len(out) - 1)
         if CUDA:
