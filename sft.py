@@ -146,9 +146,8 @@ def load_config(path):
 def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=False):
     """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout).
     Weights are fp32; on a GPU forward and backward run in bf16. Rank 0 alone reads the weights.
-    checkpointed: how many of the decoder layers recompute their activations.  compiled: each
-    layer by torch.compile, once for all lengths.  reward: a scalar head in place of the LM head.
-    replicas: copies, each sharded over its processes (HSDP)."""
+    checkpointed: how many layers recompute activations.  compiled: each layer by torch.compile, once
+    for all lengths.  reward: a scalar head for the LM head.  replicas: copies, each sharded (HSDP)."""
     config, auto = load_config(path), transformers.AutoModelForCausalLM
     scaled = {k: getattr(config, k, None) for k in ("logit_scale", "logits_scaling", "lm_head_multiplier")}
     check({*scaled.values()} <= {None, 1.0}, f"{path}: its config has {scaled}; the scorer does not scale logits")
