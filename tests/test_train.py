@@ -39,19 +39,19 @@ def weights(out):
     return load_file(out / "model.safetensors")
 
 
-def assert_same_run(a, b, start):
-    """Equal to 1e-5: weights relative to their norm, metrics to themselves, differences of log-probs (in fp32) to those log-probs."""
+def assert_same_run(a, b, start, tolerance=1e-5):
+    """Equal to the tolerance: weights relative to their norm, metrics to themselves, differences of log-probs (in fp32) to those log-probs."""
     assert (rows := metrics(a)) and len(rows) == len(metrics(b))
     for x, y in zip(rows, metrics(b)):
         assert x.keys() == y.keys()
-        floor = {k: 1e-5 * abs(x["logp_chosen"]) for k in x if re.match("dlogp|margin", k)}
-        wrong = {k: (x[k], y[k]) for k in x if not math.isclose(x[k], y[k], rel_tol=1e-5, abs_tol=floor.get(k, 0))}
+        floor = {k: tolerance * abs(x["logp_chosen"]) for k in x if re.match("dlogp|margin", k)}
+        wrong = {k: (x[k], y[k]) for k in x if not math.isclose(x[k], y[k], rel_tol=tolerance, abs_tol=floor.get(k, 0))}
         assert not wrong
     x, y, z = weights(a), weights(b), weights(start)
     moved = math.sqrt(sum((x[k] - z[k]).double().square().sum() for k in x))
     apart = math.sqrt(sum((x[k] - y[k]).double().square().sum() for k in x))
     scale = math.sqrt(sum(x[k].double().square().sum() for k in x))
-    assert moved > 0.01 * scale and apart <= 1e-5 * scale
+    assert moved > 0.01 * scale and apart <= tolerance * scale
 
 
 def pairs_of(data, name="train"):
@@ -128,7 +128,7 @@ def test_result_does_not_depend_on_how_it_is_computed(name, runs, models):
         pytest.skip("torch.compile needs g++")
     first = runs[name.partition("-")[0]]
     assert len(metrics(first)) == 6 and (VARIANTS[name][0] == "sft" or AUDIT <= metrics(first)[0].keys())
-    assert_same_run(first, runs[name], models["llama"])
+    assert_same_run(first, runs[name], models["llama"], 1e-4 if name in COMPILED else 1e-5)  # a compiler sums in another order
 
 
 # ------------------------------------------------------------------------------------------- against plain transformers
