@@ -460,8 +460,8 @@ def reference_scores(scorer, data, pairs, supply, args, device, steps):
     """score_pairs before step 0; cached beside the data, so losses that share a start share it."""
     more = sorted({"kl", "pi_head", "ref_head"} & {*supply})  # beside chosen and rejected
     key = [fingerprint(args.model), fingerprint(args.data), more, steps, args.pairs, args.min_gap,
-           args.batch_size, args.seed, args.tokens_per_forward, dist.get_world_size(), device.type,
-           torch.__version__]
+           args.batch_size, args.seed, args.tokens_per_forward, args.compile, dist.get_world_size(),
+           device.type, torch.__version__]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = Path(args.data).parent / "reference" / f"{name}.pt"
     if on_rank0(cache.exists):

@@ -47,6 +47,7 @@ CPU_SIDES = {  # name: what it is, and its changes of TRL's defaults; `best` has
     "simpo-trl": ("TRL CPOTrainer, loss_type=simpo, its defaults (checkpointing, 8 pairs)", {}),
     "simpo-trl-best": ("TRL CPOTrainer, loss_type=simpo, no checkpointing, sorted by length", KEEP)}
 CUDA_SIDES = CPU_SIDES | {  # beside 8B no live reference fits; what else does not is told by trying
+    "dpo-ours-compile": ("this repository, dpo, --compile", {}), "simpo-ours-compile": ("this repository, simpo, --compile", {}),
     "dpo-trl": ("TRL DPOTrainer, its defaults but a precomputed reference (checkpointing, 8 pairs)", CACHED),
     "dpo-trl-best": ("TRL DPOTrainer, reference precomputed, checkpointing, 16 pairs sorted by length", CACHED | {PAIRS: 16}),
     "dpo-trl-best-keep": ("TRL DPOTrainer, reference precomputed, no checkpointing, 2 pairs sorted by length", CACHED | KEEP | {PAIRS: 2}),
@@ -56,7 +57,7 @@ PLANS = dict(cpu=dict(
     shape=SHAPES["19M"], weights="float32", optimizer="adamw", lr=1e-4,  # weights: on disk; in memory fp32
     scale=0.5, batch=16, tokens=2048, warm=0, timed=3, repeats=2,  # of real lengths; pairs a step; tokens a forward; steps; runs
     sides=CPU_SIDES, matmul=2048, ablation_warm=1, ablation_timed=1,  # rows of the matrices of the peak; steps
-    compiled=bool(shutil.which("g++")),  # the ablation has compiled layers too
+    compiled=bool(shutil.which("g++")),  # rows with compiled layers too
     small=SHAPES["1M"], lengths=(256, 512, 1024, 2048, 4096, 8192), vocabularies=(8192, 32768, 131072),
     processes=((1, 1), (1, 2), (2, 1)),  # (processes, threads of each)
     prompts=24, rm_bench="", eval_tokens=4096, inline=False))  # RM-Bench's, its folder; tokens a forward; jobs inside this process
@@ -158,7 +159,7 @@ def trl(plan):
     for name in [*plan["sides"]] * plan["repeats"]:
         try:
             result = job(plan, "trl", side=name, sizes=sizes) if "trl" in name else ours(
-                plan, (sizes, batch, steps, dict(loss=name.split("-")[0], lr=plan["lr"])))
+                plan, (sizes, batch, steps, dict(loss=name.split("-")[0], lr=plan["lr"], compiled="compile" in name)))
             done.setdefault(name, []).append(result[0])
         except Failed as why:
             done.setdefault(name, []).append(str(why))
@@ -179,7 +180,7 @@ def trl(plan):
     loading = several(run["loading"] for runs in done.values() for run in runs if "loading" in run)
     passes = several(run["reference"][KIND - 2] for run in done.get("dpo-ours", []) if not isinstance(run, str))
     print(f"\nPeak: {top / 1e12:.2f} TFLOP/s. Effective MFU has the operations of the work without padding or sharing in every row. "
-          f"Not in the table: the reference pass of ours, {passes or 'unmeasured'} {SECONDS}; loading and sharding, {loading or 'unmeasured'} s.")
+          f"Not in the table: the reference pass of ours, {passes or 'unmeasured'} {SECONDS}; its loading and sharding, {loading} s.")
 
 def ablation(plan):
     """The step with one technique less, and the modes of the loop; at learning rate 0, so that the loss is always the same."""
@@ -285,7 +286,8 @@ def main():
         plan = PLANS[args.plan] | dict(folder=args.folder or temporary)
         plan |= {key: type(plan[key])(value) for key, value in (setting.split("=") for setting in args.set)}
         wanted = args.side or plan["sides"]
-        wanted = {name for name in wanted if installed("trl")} | {name.split("-")[0] + "-ours" for name in wanted}
+        wanted = {name for name in wanted if "ours" in name or installed("trl")} | {name.split("-")[0] + "-ours" for name in wanted}
+        wanted -= set() if plan["compiled"] else {name for name in wanted if "ours-compile" in name}
         plan["sides"] = {name: side for name, side in plan["sides"].items() if name in wanted}
         for part in args.only or parts:
             try:
