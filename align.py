@@ -61,7 +61,7 @@ def loss(function=None, *, batch=False):
     function.wants = [k for k, p in parameters if p.kind is not p.KEYWORD_ONLY]
     function.hp = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY}
     function.batch = batch
-    check(function.__name__ not in LOSSES, f"two losses are called {function.__name__}")
+    check(function.__name__ not in LOSSES, f"two losses are called {function.__name__}", SystemExit)
     return LOSSES.setdefault(function.__name__, function)
 
 # ----- AMaPO: push the pairs below the batch mean, leave the others alone
@@ -183,7 +183,8 @@ def wpo(pi, ref, pi_square, *, beta=0.01):
 
 @loss
 def odpo(pi, ref, gap, *, beta=0.1, alpha=1.0):
-    """-log s(beta * (u - v) - alpha * log(gap)), gap = score difference > 0.  ODPO, 2402.10571."""
+    """-log s(beta * (u - v) - alpha * log(gap)), gap = score difference > 0 (1, of plain pairs, is
+    DPO).  ODPO, arXiv 2402.10571."""
     logit = beta * ((pi.w - ref.w) - (pi.l - ref.l))
     return -F.logsigmoid(logit - alpha * torch.log(gap))
 
@@ -369,11 +370,11 @@ def configure(name, settings):
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise ValueError(f"--hp {setting}: wanted a {kind.__name__}") from None
-    n = torch.tensor([[2.0, 3.0], [3.0, 2.0], [2.0, 2.0], [2.0, 2.0], [3.0, 2.0]]).double()  # w, l, heads, mate
+    n = torch.tensor([[2.0, 3.0], [3.0, 2.0], [2.0, 2.0], [2.0, 2.0], [3.0, 2.0]]).double()  # w, l, heads, kl
     leaf = (-n * torch.tensor([[1, 3], [2, 2.5], [1, 4], [3, 2], [1.5, 2.5]])).requires_grad_()
     losses, *alone = (apply_loss(function, hp, 0.0, n, None, torch.ones(2), {}, leaf[:, here], here)[0]
                       for here in ([0, 1], [0], [1]))
-    check(torch.cat([losses, *alone]).isfinite().all(), f"{name}, --hp {hp}: losses of two made-up pairs, or of one alone, are not finite")
+    check(torch.cat([losses, *alone]).isfinite().all(), f"{name} {hp}: not finite for two pairs, or for one (a last batch may be one)")
     check(function.batch or losses.allclose(torch.cat(alone)), f"{name} looks across pairs: @loss(batch=True)")
     check(torch.autograd.grad(losses.sum(), leaf)[0].any(), f"{name} {hp} has no gradient: all of it detached?")
     return function, hp
@@ -391,16 +392,15 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     except ValueError as error:
         raise ValueError(f"{function.__name__}, line {error.__traceback__.tb_next.tb_lineno}: {error}") from None
     out = out if "state" in function.wants else (out, {})
-    sound = isinstance(out, tuple) and [*map(type, out)] == [torch.Tensor, dict]
-    check(sound and out[0].shape == leaf[0].shape, f"{function.__name__} must return (G,) losses, one a pair "
-          "and not their mean; one that takes `state` (losses, new state)")
-    return out[0] - sft_weight * leaf[0] / n[0], out[1]
+    sound = isinstance(out, tuple) and [*map(type, out)] == [torch.Tensor, dict] and out[0].shape == leaf[0].shape
+    check(sound and all(torch.is_tensor(x) and x.ndim == 0 for x in out[1].values()), f"{function.__name__} must return (G,) "
+          "losses, one a pair and not their mean; one that takes `state` (losses, new state), a dict of 0-d tensors")
+    return out[0] - sft_weight * leaf[0] / n[0], {k: x.detach() for k, x in out[1].items()}
 
 def code_of(function, *above):
-    """Hash of the text of a loss and of what it names of this file: functions, constants."""
-    text = inspect.getsource(function)
-    code = text.replace(function.__doc__ or "@loss", "").replace("@loss", "")
-    for thing in map(globals().get, sorted({*re.findall(r"\w+", code)})):
+    """Hash of a loss, but for its docstring, and of what it names of this file: functions, constants."""
+    text = inspect.getsource(function).replace(function.__doc__ or "@loss", "").replace("@loss", "")
+    for thing in map(globals().get, sorted({*re.findall(r"\w+", text)})):
         if inspect.isfunction(thing) and thing.__module__ == __name__ and thing not in (function, *above):
             text += code_of(thing, function, *above)
         text += repr(thing) * (isinstance(thing, (int, float, str, tuple, list, dict)) and thing is not LOSSES)
@@ -505,7 +505,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         with torch.no_grad():
             outs = [score(scorer, rows, micro, device) for micro in micros]
         settle(step, outs)
-    for window in [step] if batch and not replay else [[k] for k in step]:
+    for window in [step] if batch and not replay else [[k] for k in step]:  # at once, or one by one
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
             settle(window, outs)
@@ -532,7 +532,7 @@ def main(args):
     function, hp = configure(args.loss, args.hp)
     supply = function.wants
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
-    check(pairs, f"{args.data}: no row has two scores that differ, by --min-gap at least")
+    check(pairs, f"{args.data}: no row has two scores that differ, by --min-gap at least (of demonstrations: see data/train)")
     if args.margins:  # w - l of all pairs, by a reward model
         margins = json.loads(Path(args.margins).read_text())
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]
@@ -561,7 +561,7 @@ def main(args):
         ref = reference[:, index] if wanted else None
         losses_of = functools.partial(
             apply_loss, function, hp, args.sft_weight * (args.loss != "reward"), lengths, ref, gap.to(device), state)
-        losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch, args.replay,
+        losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch, args.replay and function.batch,
                                                args.tokens_per_forward, device)
         metrics = describe(losses, logps, grads, lengths)
         lr, loss = learning_rate(step, steps, args.lr), metrics["loss"]

@@ -228,7 +228,7 @@ def parse(row, kind):
     check("history" not in row and ("label" not in row or {"output_1", "chosen"} & has), "history: use messages; label: pair good with bad")
     near = min((k for k in SHAPES if k != "prompts"), key=lambda k: (len(WANTS[k] - has) / len(WANTS[k]), k != "TRL standard"))
     hint = f"has the keys {keys}, no known shape of --{kind}: rename them; {near}, of --{SHAPES[near][0]}, has {SHAPES[near][1]}"
-    check(fits, hint, ValueError if {*keys} <= {*row} else Dropped)  # without those that have no value
+    check(fits, *([hint] if {*keys} <= {*row} else ["null or empty, a key of its shape", Dropped]))
     check(len({SHAPES[k][2] for k in fits}) == 1 or "excluded" in kind, f"{' or '.join(fits)}: ambiguous, remove the keys of all but one")
     what, _, read = SHAPES[fits[0]]
     if what == "prefs":

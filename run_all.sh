@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prepare -> SFT -> align -> evaluate, on one code path from a laptop to a multi-GPU node.
 #   bash run_all.sh        the toy world with dpo, simpo, amapo; a table at the end. 2 cores, no GPU,
-#                          no hub: 2 to 5 minutes after installation
+#                          no hub: 2 to 4 minutes after installation
 #   bash run_all.sh test   the tests;   bash run_all.sh soak   the long ones too;   bench   beside TRL
 #   bash run_all.sh NAME   an experiment of the table below, over SEEDS
 # What is complete is skipped, what was interrupted resumes. All is set by environment variables; paths
@@ -95,8 +95,8 @@ install() { # requirements files into .venv, again when they change; a given PYT
 die() { echo "run_all.sh: $*" >&2; exit 2; }
 WHAT=${1:-compare}
 case $WHAT in
-  test) install requirements.txt tests/requirements.txt; exec "$PYTHON" -m pytest tests -q --durations 5 -m "not soak" ;;
-  soak) install requirements.txt tests/requirements.txt; exec "$PYTHON" -m pytest tests -q --durations 5 ;;
+  test) install requirements.txt tests/requirements.txt; exec "$PYTHON" -m pytest tests -q -rs --durations 5 -m "not soak" ;;
+  soak) install requirements.txt tests/requirements.txt; exec "$PYTHON" -m pytest tests -q -rs --durations 5 ;;
   bench) install requirements.txt tests/requirements-bench.txt; exec "$PYTHON" tests/bench.py "${@:2}" ;;
   *) line=$(awk -v w="$WHAT" '$1 == w { sub(/^ *[^ ]+/, ""); print }' <<< "$EXPERIMENTS")
     [ -n "$line" ] || die "$WHAT: wanted test, soak, bench$(awk '/[|]/ { printf ", %s", $1 }' <<< "$EXPERIMENTS")"

@@ -161,8 +161,7 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     full = box[0]  # the whole model, on the CPU of rank 0
     with torch.device("meta"):
         lm = auto.from_config(**how)
-    check(hasattr(lm.base_model, "layers"), f"{path}: a {config.model_type} model has no `layers`; "
-          "supported are Llama, Mistral, Qwen, Gemma and models built like them")
+    check(hasattr(lm.base_model, "layers"), f"{path}: {config.model_type} is not built like Llama (`layers`)")
     scorer, shape = Scorer(lm).eval(), (replicas, dist.get_world_size() // replicas)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
     mesh = mesh if replicas > 1 else mesh["shards"]
@@ -193,8 +192,8 @@ def batch_indices(n, batch_size, seed, step):
 def plan(rows, world, budget):
     """The micro-batches of a step: result[rank][k] lists positions in `rows`. A pure function.
     rows: [(prompt ids, [response ids, ...])].  budget: tokens of a forward; a row of more is a
-    micro-batch of its own. Longest first (memory runs out at once or not at all), dealt out to and
-    fro. FSDP wants the same NUMBER of micro-batches on every rank: an empty one is a dummy."""
+    micro-batch of its own. Longest first (memory runs out at once or not at all), dealt out like
+    a snake. FSDP wants the same NUMBER of micro-batches on every rank: an empty one is a dummy."""
     tokens = [len(p) + sum(map(len, rs)) for p, rs in rows]
     order = sorted(range(len(rows)), key=lambda i: (-tokens[i], i))
     shares = [[] for _ in range(world)]
@@ -209,11 +208,11 @@ def plan(rows, world, budget):
 def pack(rows, similar):
     """Rows [(prompt ids, [response ids, ...])] end to end, without padding, each prompt once:
     ids, positions (T,); for each of N response tokens, source (N,), the place in T that predicts
-    it, target (N,), its id, owner (N,), its response; last (R,), the places of end tokens; and the
-    layout of `attend`:
-    flat (M,), each response as a sequence of places in T, its prompt's and its own, padded to
-    blocks [(sequences, length)] of similar length; back (T,), the place in M that computes a token;
-    ends, the sum of lengths up to each block; longest, the length of the first."""
+    it, target (N,), its id, owner (N,), its response; last (R,), the places of end tokens. For `attend`:
+    flat (M,), each response as a sequence of places in T, its prompt's and its own, padded to blocks
+    [(sequences, length)] whose lengths are within a factor `similar` (inf: a block each, no padding);
+    back (T,), a place in M of every token (a prompt has several, all the same to it); ends, the sum of
+    lengths up to each block; longest, the first of them."""
     ids, places, counts = [], [], []  # counts: response tokens of each sequence of places
     for prompt, responses in rows:
         prefix = range(len(ids), len(ids) + len(prompt))
@@ -260,8 +259,7 @@ def make_optimizer(name, scorer, weight_decay=0.0):
     else:
         from bitsandbytes.optim import AdamW8bit
         named = {n: p for n, p in named.items() if p.to_local().numel()}
-        shards = [torch.nn.Parameter(p.to_local()) for p in named.values()]
-        optimizer = AdamW8bit(shards, weight_decay=weight_decay)
+        optimizer = AdamW8bit([torch.nn.Parameter(p.to_local()) for p in named.values()], weight_decay=weight_decay)
     optimizer.named = named
     return optimizer
 
@@ -364,8 +362,7 @@ def save_model(scorer, tok, partial, args):
     def write():
         if dtype == torch.bfloat16:
             old = type(lm).from_pretrained(args.model, dtype=torch.float32).state_dict()
-            moved = sum((state[k] != old[k]).sum().item() for k in state)
-            kept = sum((state[k].to(dtype) != old[k].to(dtype)).sum().item() for k in state)
+            moved, kept = (sum((state[k].to(t) != old[k].to(t)).sum().item() for k in state) for t in (torch.float32, dtype))
             print(f"bfloat16 keeps {kept / max(moved, 1):.1%} of the weight changes")
         end, generation = end_of_turn(tok)[0], lm.generation_config
         if generation:
@@ -379,6 +376,8 @@ def save_model(scorer, tok, partial, args):
             tok.pad_token_id = lm.config.pad_token_id = next(i for i in ids if i not in (None, end))
         tied = lm.all_tied_weights_keys  # of two names one is written
         lm.save_pretrained(partial, state_dict={k: v.to(dtype) for k, v in state.items() if k not in tied})
+        for file in partial.glob("*.safetensors"):  # which safetensors lets the owner alone read
+            shutil.copymode(partial / "config.json", file)
         lm.config.dtype = dtype
         lm.config.save_pretrained(partial)
         tok.save_pretrained(partial)
@@ -415,6 +414,8 @@ def start(args, reward=False, files=(), **also):
     check(dist.get_world_size() % args.replicas == 0, "--replicas must divide the processes")
     check_vocabulary(args.data, args.model)
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
+    pads = {tok.pad_token_id, tok.unk_token_id, tok.bos_token_id} - {None, end_of_turn(tok)[0]}
+    check(pads or not reward, f"{args.data}: its tokenizer has no token to pad with, which a reward model needs")
     also |= dict(processes=[dist.get_world_size(), args.replicas]) if args.optimizer == "adamw8bit" else {}
     make = begin(args.out, vars(args) | also, [args.data, args.model, *files])
     if make is None:

@@ -19,7 +19,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align import LOSSES, Logps, configure, draw_pairs, loss
+from align import LOSSES, Logps, apply_loss, configure, draw_pairs, loss
 
 G = 12
 
@@ -119,7 +119,9 @@ def test_declares_truly_whether_it_looks_across_pairs(name):
     supply = batch(4)
     whole = call(name, supply)
     parts = torch.cat([call(name, pick(supply, slice(k, k + 3))) for k in range(0, G, 3)])
-    assert LOSSES[name].batch != torch.allclose(whole, parts, rtol=1e-12, atol=0)
+    alone, loss = torch.allclose(whole, parts, rtol=1e-12, atol=0), LOSSES[name]
+    assert loss.batch or alone, "it looks across pairs, and wants @loss(batch=True)"
+    assert not (loss.batch and alone) or "state" in loss.wants, "no loss of a pair depends on another pair: @loss is enough"
 
 
 @every_loss
@@ -314,6 +316,8 @@ MISTAKES = {  # what somebody might write under @loss: (the function, batch, wha
     "state of single pairs": (lambda pi, state: (pi.l - pi.w, state), False, "`state` is for"),
     "state forgotten": (lambda pi, state: pi.l - pi.w, True, "(losses, new state)"),
     "state is none": (lambda pi, state: (pi.l - pi.w, None), True, "(losses, new state)"),
+    "state of numbers": (lambda pi, state: (pi.l - pi.w, dict(mean=0.5)), True, "a dict of 0-d tensors"),
+    "state of pairs": (lambda pi, state: (pi.l - pi.w, dict(last=pi.w)), True, "a dict of 0-d tensors"),
     "half of it": (lambda pi, state: (pi.l - pi.w,), True, "(losses, new state)"),
     "state unasked": (lambda pi: (pi.l - pi.w, {}), True, "must return (G,) losses"),
     "reduced": (lambda pi: (pi.l - pi.w).mean(), False, "must return (G,) losses"),
@@ -321,7 +325,7 @@ MISTAKES = {  # what somebody might write under @loss: (the function, batch, wha
     "across pairs": (lambda pi: (pi.l - pi.w) - (pi.l - pi.w).mean(), False, "batch=True"),
     "detached": (detached, False, "no gradient"), "lengths alone": (lambda pi: pi.nw - pi.nl, False, "no gradient"),
     "not a number": (lambda pi, *, beta=0.0: (pi.l - pi.w) / beta, False, "not finite"),
-    "nothing for one pair": (lambda pi: pi.l - pi.w - ((pi.w - pi.w.mean()) / pi.w.std()).detach(), True, "or of one alone, are not finite"),
+    "nothing for one pair": (lambda pi: pi.l - pi.w - ((pi.w - pi.w.mean()) / pi.w.std()).detach(), True, "or for one (a last batch may be one)"),
     "no number": (lambda pi, *, beta=None: pi.l - pi.w, False, "numbers or strings"),
     "too few names": (two_names, False, "mine, line"),
 }
@@ -335,15 +339,31 @@ def test_a_mistake_in_a_new_loss_is_refused_before_anything_runs(monkeypatch, mi
     loss(function, batch=batch)
     with pytest.raises(ValueError, match=re.escape(says)):
         configure("mine", [])
-    with pytest.raises(ValueError, match="two losses are called mine"):
+    with pytest.raises(SystemExit, match="two losses are called mine"):
         loss(function)
+    del LOSSES["mine"]
+
+
+def test_a_state_keeps_no_graph(monkeypatch):
+    """Else every step would go back through all before it."""
+    monkeypatch.delitem(LOSSES, "mine", raising=False)
+
+    @loss(batch=True)
+    def mine(pi, state):
+        mean = 0.9 * state.get("mean", 0.0) + 0.1 * (pi.w - pi.l).mean()
+        return mean - (pi.w - pi.l), dict(mean=mean)
+
+    configure("mine", [])
+    leaf, n = torch.randn(2, 5, dtype=torch.float64).requires_grad_(), torch.ones(2, 5, dtype=torch.float64)
+    losses, state = apply_loss(mine, {}, 0.0, n, None, torch.ones(5), {}, leaf, [*range(5)])
+    assert losses.requires_grad and not state["mean"].requires_grad
     del LOSSES["mine"]
 
 
 @pytest.mark.parametrize("edit, name, noticed", [
     ("z = -standardise", "amapo", True), ("    some = std >", "amapo", True), ("deviation = lambda", "alphadpo", True),
     ("return p - torch.log", "orpo", True), ("return p - torch.log", "dpo", False), ("class Logps", "amapo", False),
-    ('"""log(e^p / (1', "orpo", True)])
+    ('"""log(e^p / (1', "orpo", False)])
 def test_an_edit_of_a_loss_or_of_what_it_calls_is_noticed(tmp_path, edit, name, noticed):
     text = (ROOT / "align.py").read_text()
     assert text.count(edit) == 1

@@ -415,6 +415,7 @@ def test_the_saved_folder_is_an_ordinary_one(name, dtype, models, tokenizer, tmp
     assert embeddings == (name in ("qwen2", "gemma2"))
     size = sum(p.numel() * dtype.itemsize for p in lm.parameters())  # tied weights are written once
     assert size <= (tmp_path / "out/model.safetensors").stat().st_size <= size + 8192
+    assert len({f.stat().st_mode for f in (tmp_path / "out").glob("*.*")}) == 1  # who may read one file may read all
     if dtype == torch.float32:
         with torch.no_grad():
             again = torch.stack([reference_logp(lm, p, r) for p, rs in rows for r in rs])

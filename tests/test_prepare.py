@@ -365,7 +365,7 @@ def test_a_bad_row_is_named(toks, tmp_path, kind, bad, says):
 
 
 @pytest.mark.parametrize("kind, rows, why", [
-    ("train", [dict(prompt="p", chosen="x", rejected=None), dict(prompt="p", chosen=[], rejected="y")], "no known shape"),
+    ("train", [dict(prompt="p", chosen="x", rejected=None), dict(prompt="p", chosen=[], rejected="y")], "null or empty"),
     ("train", [dict(chosen="x", rejected="y"), dict(PAIR, prompt=" \n"), dict(PAIR, prompt=[]), dict(PAIR, prompt=say(U, A))], "no prompt"),
     ("train", [dict(PAIR, prompt=[dict(role="user", content=None)]), dict(PAIR, prompt=[*say(U), dict(role="assistant", content=None), *say(U2)])], "not a text"),
     ("sft", [dict(messages=say(U)), dict(messages=[]), dict(prompt="p", completion=None),

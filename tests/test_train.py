@@ -576,6 +576,14 @@ def test_reward_model_its_folder_its_margins_and_madpo(align, data, models, tmp_
         run_here(*align("madpo", tmp_path / "other", "--margins", margins, "--min-gap", 0.7))
 
 
+def test_a_reward_model_without_a_token_to_pad_with_is_refused_before_it_is_trained(align, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    file = tmp_path / "data/tokenizer/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(bos_token=None, unk_token=None, pad_token="<end>")))
+    with pytest.raises(SystemExit, match="no token to pad with"):
+        run_here(*align("reward", tmp_path / "rm", "--data", tmp_path / "data/train"))
+
+
 # ------------------------------------------------------------------------------------------ what a fork of the losses may run into
 
 
