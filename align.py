@@ -374,7 +374,7 @@ def configure(name, settings):
     leaf = (-n * torch.tensor([[1, 3], [2, 2.5], [1, 4], [3, 2], [1.5, 2.5]])).requires_grad_()
     losses, *alone = (apply_loss(function, hp, 0.0, n, None, torch.ones(2), {}, leaf[:, here], here)[0]
                       for here in ([0, 1], [0], [1]))
-    check(torch.cat([losses, *alone]).isfinite().all(), f"{name} {hp}: not finite for two pairs, or for one (a last batch may be one)")
+    check(torch.cat([losses, *alone]).isfinite().all(), f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
     check(function.batch or losses.allclose(torch.cat(alone)), f"{name} looks across pairs: @loss(batch=True)")
     check(torch.autograd.grad(losses.sum(), leaf)[0].any(), f"{name} {hp} has no gradient: all of it detached?")
     return function, hp

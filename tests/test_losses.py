@@ -325,7 +325,7 @@ MISTAKES = {  # what somebody might write under @loss: (the function, batch, wha
     "across pairs": (lambda pi: (pi.l - pi.w) - (pi.l - pi.w).mean(), False, "batch=True"),
     "detached": (detached, False, "no gradient"), "lengths alone": (lambda pi: pi.nw - pi.nl, False, "no gradient"),
     "not a number": (lambda pi, *, beta=0.0: (pi.l - pi.w) / beta, False, "not finite"),
-    "nothing for one pair": (lambda pi: pi.l - pi.w - ((pi.w - pi.w.mean()) / pi.w.std()).detach(), True, "or for one (a last batch may be one)"),
+    "nothing for one pair": (lambda pi: pi.l - pi.w - ((pi.w - pi.w.mean()) / pi.w.std()).detach(), True, "or for one (a last batch may be)"),
     "no number": (lambda pi, *, beta=None: pi.l - pi.w, False, "numbers or strings"),
     "too few names": (two_names, False, "mine, line"),
 }
