@@ -183,8 +183,8 @@ def wpo(pi, ref, pi_square, *, beta=0.01):
 
 @loss
 def odpo(pi, ref, gap, *, beta=0.1, alpha=1.0):
-    """-log s(beta * (u - v) - alpha * log(gap)), gap = score difference > 0 (1, of plain pairs, is
-    DPO).  ODPO, arXiv 2402.10571."""
+    """-log s(beta * (u - v) - alpha * log(gap)), gap = score difference > 0.  ODPO, 2402.10571.
+    Plain pairs have a gap of 1, with which it is DPO."""
     logit = beta * ((pi.w - ref.w) - (pi.l - ref.l))
     return -F.logsigmoid(logit - alpha * torch.log(gap))
 
