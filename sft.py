@@ -364,16 +364,14 @@ def save_model(scorer, tok, partial, args):
             old = type(lm).from_pretrained(args.model, dtype=torch.float32).state_dict()
             moved, kept = (sum((state[k].to(t) != old[k].to(t)).sum().item() for k in state) for t in (torch.float32, dtype))
             print(f"bfloat16 keeps {kept / max(moved, 1):.1%} of the weight changes")
-        end, generation = end_of_turn(tok)[0], lm.generation_config
-        if generation:
+        if generation := lm.generation_config:
             eos = generation.eos_token_id
-            stops = {*(eos if isinstance(eos, list) else [eos]), tok.eos_token_id, end}
+            stops = {*(eos if isinstance(eos, list) else [eos]), tok.eos_token_id, end_of_turn(tok)[0]}
             generation.eos_token_id = sorted(stops - {None})
             if {"temperature", "top_p", "top_k"} & set(generation.to_diff_dict()):
                 generation.do_sample = True  # without it transformers refuses to save them
         else:  # a reward model: transformers scores the last token that is not padding
-            ids = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
-            tok.pad_token_id = lm.config.pad_token_id = next(i for i in ids if i not in (None, end))
+            lm.config.pad_token_id = tok.pad_token_id
         tied = lm.all_tied_weights_keys  # of two names one is written
         lm.save_pretrained(partial, state_dict={k: v.to(dtype) for k, v in state.items() if k not in tied})
         for file in partial.glob("*.safetensors"):  # which safetensors lets the owner alone read
@@ -414,8 +412,10 @@ def start(args, reward=False, files=(), **also):
     check(dist.get_world_size() % args.replicas == 0, "--replicas must divide the processes")
     check_vocabulary(args.data, args.model)
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
-    pads = {tok.pad_token_id, tok.unk_token_id, tok.bos_token_id} - {None, end_of_turn(tok)[0]}
-    check(pads or not reward, f"{args.data}: its tokenizer has no token to pad with, which a reward model needs")
+    if reward:  # padding must not be taken for the end of an answer
+        ids = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
+        tok.pad_token_id = next((i for i in ids if i not in (None, end_of_turn(tok)[0])), None)
+        check(tok.pad_token_id is not None, f"{args.data}: its tokenizer has no token to pad with, for a reward model")
     also |= dict(processes=[dist.get_world_size(), args.replicas]) if args.optimizer == "adamw8bit" else {}
     make = begin(args.out, vars(args) | also, [args.data, args.model, *files])
     if make is None:

@@ -286,8 +286,8 @@ def main():
         plan = PLANS[args.plan] | dict(folder=args.folder or temporary)
         plan |= {key: type(plan[key])(value) for key, value in (setting.split("=") for setting in args.set)}
         wanted = args.side or plan["sides"]
-        wanted = {name for name in wanted if "ours" in name or installed("trl")} | {name.split("-")[0] + "-ours" for name in wanted}
-        wanted -= set() if plan["compiled"] else {name for name in wanted if "ours-compile" in name}
+        runs = lambda name: installed("trl") if "trl" in name else plan["compiled"] or "compile" not in name
+        wanted = {*filter(runs, wanted)} | {name.split("-")[0] + "-ours" for name in wanted}
         plan["sides"] = {name: side for name, side in plan["sides"].items() if name in wanted}
         for part in args.only or parts:
             try:
