@@ -76,24 +76,24 @@ HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
 def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0.0,
            sliding_window=None, softcap=None, **others):
     """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value (1, K, T, D)
-    -> (1, T, H, D). The layout of `pack` makes each response, with a copy of its prompt, a causal
+    -> (1, T, H, D). The layout of `pack` makes each response, with its prompt before it, a causal
     sequence. What would change the maths is refused."""
     others = {k for k in others if others[k] is not None} - {"position_ids", "cache_position", "use_cache"}
     check(not (dropout or others), f"attention with {others or 'dropout'} is not supported")
-    q, k, v = (x[0].transpose(0, 1).index_select(0, layout.flat) for x in (query, key, value))  # (M, ., D)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, ., D)
+    k, v = (x.index_select(0, layout.flat) for x in (k, v))  # (M, K, D)
     if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
-        left, right = (sliding_window - 1, 0) if sliding_window else (None, None)
-        out = torch.ops.aten._flash_attention_forward(
-            q, k, v, layout.ends, layout.ends, layout.longest, layout.longest, 0.0, True, False,
-            scale=scaling, window_size_left=left, window_size_right=right)[0]
+        out = torch.ops.aten._flash_attention_forward(  # last query beside last key; a prompt asks once
+            q, k, v, *layout.ends, *layout.longest, 0.0, True, False, scale=scaling,
+            window_size_left=(sliding_window or 0) - 1, window_size_right=0)[0]
     else:
         out = attend_blocks(q, k, v, layout, scaling, sliding_window, softcap)
-    return out.index_select(0, layout.back)[None], None
+    return out[None], None
 
 @torch.compiler.disable  # or each layout would be compiled anew
 def attend_blocks(q, k, v, layout, scaling, window, softcap):
-    """Causal attention of sequences padded on the right, block by block: (M, ., D) -> (M, H, D)."""
-    outs, sizes = [], [n * length for n, length in layout.blocks]
+    """The same by blocks of sequences padded on the right: q (T, H, D), k and v (M, K, D) -> like q."""
+    outs, sizes, q = [], [n * length for n, length in layout.blocks], q.index_select(0, layout.flat)
     for (n, length), *parts in zip(layout.blocks, *(x.split(sizes) for x in (q, k, v))):
         q, k, v = (x.unflatten(0, (n, length)).transpose(1, 2) for x in parts)  # (n, ., L, D)
         seen = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
@@ -106,7 +106,7 @@ def attend_blocks(q, k, v, layout, scaling, window, softcap):
             weights = weights.masked_fill(~seen, -math.inf).softmax(-1, dtype=torch.float32)
             out = weights.to(v.dtype) @ v
         outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs)
+    return torch.cat(outs).index_select(0, layout.back)
 
 transformers.AttentionInterface.register("packed", attend)
 
@@ -210,32 +210,32 @@ def pack(rows, similar):
     ids, positions (T,); for each of N response tokens, source (N,), the place in T that predicts
     it, target (N,), its id, owner (N,), its response; last (R,), the places of end tokens. For `attend`:
     flat (M,), each response as a sequence of places in T, its prompt's and its own, padded to blocks
-    [(sequences, length)] whose lengths are within a factor `similar` (inf: a block each, no padding);
-    back (T,), a place in M of every token (a prompt has several, all the same to it); ends, the sum of
-    lengths up to each block; longest, the first of them."""
-    ids, places, counts = [], [], []  # counts: response tokens of each sequence of places
+    [(sequences, length)] whose lengths are within a factor `similar` (inf: each a block, in order);
+    back (T,), a place in M of every token (a prompt has several, all the same to it); for the flash
+    kernel, of which T are the queries, M the keys: ends (2, R + 1) of sequences in both, longest."""
+    ids, places, source, target, owner = [], [], [], [], []
     for prompt, responses in rows:
         prefix = range(len(ids), len(ids) + len(prompt))
         ids += prompt
         for response in responses:
             places.append([*prefix, *range(len(ids), len(ids) + len(response))])
-            counts.append(len(response))
+            source += places[-1][len(prompt) - 1 : -1]
+            target += response
+            owner += [len(places) - 1] * len(response)
             ids += response
-    ids, flat, blocks = torch.tensor(ids), [], []
-    positions, back = torch.empty_like(ids), torch.empty_like(ids)
-    for seq in sorted(places, key=len, reverse=True):
+    ids, source, target, owner = map(torch.tensor, (ids, source, target, owner))
+    flat, blocks, positions, back = [], [], torch.empty_like(ids), torch.empty_like(ids)
+    for seq in sorted(places, key=len, reverse=True) if similar < 1 else places:
         if not blocks or len(seq) < similar * blocks[-1][1]:
             blocks.append([0, len(seq)])
         blocks[-1][0] += 1
         positions[seq] = torch.arange(len(seq))
         back[seq] = torch.arange(len(flat), len(flat) + len(seq))
         flat += seq + [0] * (blocks[-1][1] - len(seq))
-    source = torch.tensor([k for seq, n in zip(places, counts) for k in seq[-n - 1 : -1]])
-    target = ids[[k for seq, n in zip(places, counts) for k in seq[-n:]]]
-    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    ends = torch.tensor([0] + [n * length for n, length in blocks]).cumsum(0, dtype=torch.int32)
-    layout = dict(flat=torch.tensor(flat), back=back, ends=ends, longest=blocks[0][1], blocks=blocks)
-    return ids, positions, source, target, owner, torch.tensor([s[-1] for s in places]), layout
+    last, lengths = torch.tensor([(seq[-1], len(seq)) for seq in places]).T
+    ends = F.pad(torch.stack([last + 1, lengths.cumsum(0)]), (1, 0)).int()
+    layout = dict(flat=torch.tensor(flat), back=back, ends=ends, longest=ends.diff().amax(1).tolist(), blocks=blocks)
+    return ids, positions, source, target, owner, last, layout
 
 # with a plain list for an index the host would wait until the GPU has done all it was given
 on_device = lambda index, device: torch.tensor(index, dtype=torch.long).to(device, non_blocking=True)

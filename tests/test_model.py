@@ -173,12 +173,14 @@ def naive_attention(rows, q, k, v, scaling, window, softcap):
 
 def flash_emulated(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, window_size_left, window_size_right):
     """What the CUDA operator does with these arguments, sequence by sequence, on the CPU."""
-    assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and max_q == max_k == max(cu_q.diff()) and causal and not dropout
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and (max_q, max_k) == (max(cu_q.diff()), max(cu_k.diff())) and causal and not dropout
+    assert (len(q), len(k)) == (cu_q[-1], cu_k[-1]) and window_size_right == 0 and cu_q.is_contiguous() and cu_k.is_contiguous()
     out = []
-    for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:]):
-        mask = torch.ones(b - a, b - a, dtype=torch.bool).tril()
-        mask = mask if window_size_left is None else mask.triu(-window_size_left)
-        x, y, z = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
+    for a, b, c, d in zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:]):
+        later = d - c - (b - a)  # the last query stands beside the last key, as in torch's flash_attn/mask.h, so the first here
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(later)
+        mask = mask if window_size_left == -1 else mask.triu(later - window_size_left)
+        x, y, z = (t[i:j].transpose(0, 1)[None] for t, i, j in ((q, a, b), (k, c, d), (v, c, d)))
         out.append(torch.nn.functional.scaled_dot_product_attention(x, y, z, mask, scale=scale, enable_gqa=True)[0].transpose(0, 1))
     return (torch.cat(out),)
 
@@ -204,12 +206,16 @@ def test_packed_attention_is_that_of_a_naive_mask(shape, window, softcap, flash)
 
 
 def test_a_packed_batch_by_hand():
-    ids, positions, source, target, owner, last, layout = sft.pack([([1, 2], [[3, 4], [5]]), ([6], [[7, 8, 9]])], 0.9)
+    rows = [([1, 2], [[3, 4], [5]]), ([6], [[7, 8, 9]])]
+    ids, positions, source, target, owner, last, layout = sft.pack(rows, 0.9)
     assert ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9] and positions.tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
     assert source.tolist() == [1, 2, 1, 5, 6, 7] and target.tolist() == [3, 4, 5, 7, 8, 9] and owner.tolist() == [0, 0, 1, 2, 2, 2]
     assert last.tolist() == [3, 4, 8]
-    assert layout["blocks"] == [[2, 4], [1, 3]] and layout["ends"].tolist() == [0, 8, 11] and layout["longest"] == 4
+    assert layout["blocks"] == [[2, 4], [1, 3]]
     assert layout["flat"].tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 0, 1, 4] and layout["flat"][layout["back"]].tolist() == list(range(9))
+    flash = sft.pack(rows, math.inf)[-1]  # queries [1 2 3 4] [5] [6 7 8 9], keys [1 2 3 4] [1 2 5] [6 7 8 9]
+    assert flash["ends"].tolist() == [[0, 4, 5, 9], [0, 4, 7, 11]] and flash["longest"] == [4, 4]
+    assert flash["flat"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("keywords, word", [(dict(s_aux=torch.ones(4)), "s_aux"), (dict(dropout=0.1), "dropout")])
