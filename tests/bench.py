@@ -39,7 +39,8 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vo
     "8B": (4096, 14336, 32, 32, 8, 128256, False), "1B": (2048, 8192, 16, 32, 8, 128256, True),  # Llama-3-8B, Llama-3.2-1B
     "19M": (384, 1024, 8, 6, 2, 8192, False), "1M": (128, 384, 4, 2, 1, 2048, False), "tiny": (32, 48, 2, 2, 1, 160, False)}
 CACHED, KEEP, PAIRS = dict(precompute_ref_log_probs=True), dict(gradient_checkpointing=False), "per_device_train_batch_size"
-CPU_SIDES = {  # name: what it is, and its changes of TRL's defaults; `best` has the pairs of a global batch sorted by length
+COMPILED = dict(compiled=True, tokens=8192)  # layers that keep less leave room for more tokens
+CPU_SIDES = {  # name: what it is, and its changes of TRL's defaults, or of our loop; `best` has the pairs of a global batch sorted by length
     "dpo-ours": ("this repository, dpo", {}),
     "dpo-trl": ("TRL DPOTrainer, its defaults (live reference, checkpointing, 8 pairs)", {}),
     "dpo-trl-best": ("TRL DPOTrainer, reference precomputed, no checkpointing, sorted by length", CACHED | KEEP),
@@ -47,7 +48,8 @@ CPU_SIDES = {  # name: what it is, and its changes of TRL's defaults; `best` has
     "simpo-trl": ("TRL CPOTrainer, loss_type=simpo, its defaults (checkpointing, 8 pairs)", {}),
     "simpo-trl-best": ("TRL CPOTrainer, loss_type=simpo, no checkpointing, sorted by length", KEEP)}
 CUDA_SIDES = CPU_SIDES | {  # beside 8B no live reference fits; what else does not is told by trying
-    "dpo-ours-compile": ("this repository, dpo, --compile", {}), "simpo-ours-compile": ("this repository, simpo, --compile", {}),
+    "dpo-ours-compile": ("this repository, dpo, --compile, 8,192 tokens a forward", COMPILED),
+    "simpo-ours-compile": ("this repository, simpo, --compile, 8,192 tokens a forward", COMPILED),
     "dpo-trl": ("TRL DPOTrainer, its defaults but a precomputed reference (checkpointing, 8 pairs)", CACHED),
     "dpo-trl-best": ("TRL DPOTrainer, reference precomputed, checkpointing, 16 pairs sorted by length", CACHED | {PAIRS: 16}),
     "dpo-trl-best-keep": ("TRL DPOTrainer, reference precomputed, no checkpointing, 2 pairs sorted by length", CACHED | KEEP | {PAIRS: 2}),
@@ -58,7 +60,7 @@ PLANS = dict(cpu=dict(
     scale=0.5, batch=16, tokens=2048, warm=0, timed=3, repeats=2,  # of real lengths; pairs a step; tokens a forward; steps; runs
     sides=CPU_SIDES, matmul=2048, ablation_warm=1, ablation_timed=1,  # rows of the matrices of the peak; steps
     compiled=bool(shutil.which("g++")),  # rows with compiled layers too
-    small=SHAPES["1M"], lengths=(256, 512, 1024, 2048, 4096, 8192), vocabularies=(8192, 32768, 131072),
+    small=SHAPES["1M"], lengths=(256, 512, 1024, 2048, 4096, 8192), vocabularies=(8192, 32768, 131072), long=2048,
     processes=((1, 1), (1, 2), (2, 1)),  # (processes, threads of each)
     prompts=24, rm_bench="", eval_tokens=4096, inline=False))  # RM-Bench's, its folder; tokens a forward; jobs inside this process
 PLANS["cuda"] = PLANS["cpu"] | dict(
@@ -68,7 +70,7 @@ PLANS["cuda"] = PLANS["cpu"] | dict(
 PLANS["cuda-1b"] = PLANS["cuda"] | dict(shape=SHAPES["1B"], optimizer="adamw", tokens=16384)
 PLANS["tiny"] = PLANS["cuda"] | dict(
     shape=SHAPES["tiny"], optimizer="adamw8bit" if installed("bitsandbytes") else "adamw", lr=1e-4, scale=0.05, batch=16, tokens=128,
-    warm=1, timed=2, repeats=1, matmul=64, ablation_timed=1, small=SHAPES["tiny"], lengths=(16, 32), vocabularies=(160, 320),
+    warm=1, timed=2, repeats=1, matmul=64, ablation_timed=1, small=SHAPES["tiny"], lengths=(16, 32), vocabularies=(160, 320), long=32,
     processes=((1, 1), (2, 1)), prompts=3, eval_tokens=256, inline=True, compiled=False)
 LIMITS = dict(loss=0.01, norm=0.02, score=0.01) if CUDA else dict(loss=1e-4, norm=1e-3, score=1e-4)  # bf16, fp32; score: nats a token
 KIND, SECONDS = (3, "seconds") if CUDA else (2, "CPU-seconds")  # what ratios are of: its place in a step's record, its name
@@ -93,10 +95,11 @@ def rm_bench(n, scale, folder):
 
 def flop(shape, sizes, executed):
     """Floating-point operations of a training step. By definition every response has its prompt, every token its logits, and nothing is
-    recomputed. Executed here: prompts once but in attention, logits of responses alone, and those recomputed."""
+    recomputed. Executed here: prompts once (on a CPU but in attention), logits of responses alone, and those recomputed."""
     d, ffn, layers, heads, kv, vocabulary, _ = shape
     block, lengths = 2 * d * d + 2 * d * kv * d // heads + 3 * d * ffn, [p + n for p, ns in sizes for n in ns]
-    attention, responses = 4 * d * layers * sum(n * (n + 1) / 2 for n in lengths), sum(sum(ns) for _, ns in sizes)
+    again = sum((len(ns) - 1) * p * (p + 1) / 2 for p, ns in sizes) if executed and CUDA else 0  # prompts of other responses
+    attention, responses = 4 * d * layers * (sum(n * (n + 1) / 2 for n in lengths) - again), sum(sum(ns) for _, ns in sizes)
     shared = responses + sum(p for p, _ in sizes)
     tokens, logits = (shared, 4 * responses) if executed else (sum(lengths), 3 * sum(lengths))
     return 3 * (2 * layers * block * tokens + attention) + 2 * vocabulary * d * logits
@@ -159,7 +162,7 @@ def trl(plan):
     for name in [*plan["sides"]] * plan["repeats"]:
         try:
             result = job(plan, "trl", side=name, sizes=sizes) if "trl" in name else ours(
-                plan, (sizes, batch, steps, dict(loss=name.split("-")[0], lr=plan["lr"], compiled="compile" in name)))
+                plan, (sizes, batch, steps, dict(loss=name.split("-")[0], lr=plan["lr"]) | plan["sides"][name][1]))
             done.setdefault(name, []).append(result[0])
         except Failed as why:
             done.setdefault(name, []).append(str(why))
@@ -199,6 +202,17 @@ def ablation(plan):
         rows.append([name, f"{n * timed / cost(runs, skip, 3):.2f}", f"{cost(runs, skip) / cost(base, skip):.2f}",
                      several(runs[0]["memory"]) if CUDA else "unmeasured"])
     table(f"Steps of {n} pairs with one technique less", ["variant", "pairs/s", f"{SECONDS} / as it is", MEMORY], rows)
+
+def memory(plan):
+    """Peak memory of a step of two pairs of long sequences, one pair a micro-batch."""
+    n, layers = plan["long"], plan["shape"][2]
+    kinds = {f"--checkpoint-layers {layers}": dict(checkpointed=layers), f"--checkpoint-layers {layers // 2}": dict(checkpointed=layers // 2)}
+    kinds |= {"--compile": dict(compiled=True)} if plan["compiled"] else {}
+    kinds["as it is"] = {}  # last, as nothing can be measured after a run out of memory
+    runs = [([(n // 4, [n - n // 4] * 2)] * 4, 2, 2, dict(tokens=1) | changes) for changes in kinds.values()]
+    results = ours(plan, *runs) if CUDA else [ours(plan, run)[0] for run in runs]  # what was resident cannot be reset
+    table(f"Steps of 2 pairs, one a forward, of two sequences of {n} tokens, a quarter of each their prompt", ["variant", MEMORY], [
+        [kind, run if isinstance(run, str) else several(run["memory"])] for kind, run in zip(kinds, results)])
 
 def growth(plan):
     """Cost over sequence lengths, processes and vocabularies."""
@@ -269,7 +283,7 @@ def hardware():
     return ", ".join([*gpu, f"{len(os.sched_getaffinity(0))} cores of {models[0]}", python, *packages])
 
 def main():
-    parts = dict(trl=trl, ablation=ablation, growth=growth, evaluation=evaluation, profile=profile, spread=spread)
+    parts = dict(trl=trl, ablation=ablation, memory=memory, growth=growth, evaluation=evaluation, profile=profile, spread=spread)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=PLANS, default="cuda" if CUDA else "cpu", help="all sizes (that of the device)")
     parser.add_argument("--only", choices=parts, action="append", help="a part; repeatable (all)")

@@ -244,6 +244,48 @@ def test_flash_attention_on_cuda_is_that_of_the_masked_path(window):
         assert close(a, b, 0.02)
 
 
+class Flash(torch.autograd.Function):
+    """The flash kernel's memory: it keeps its inputs, its output and one fp32 number a query and head."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, *_):
+        out = torch.zeros_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.zeros(q.shape[1], q.shape[0]))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError
+
+
+def test_a_layer_on_a_gpu_keeps_what_arithmetic_says(monkeypatch):
+    """bf16 tensors that a forward keeps for the backward pass, as bytes a token, of a Llama whose widths are an eighth of Llama-3-8B's:
+
+    norm     fp32 input 4 d, normalised 2 d, scaled (which three projections share) 2 d; two of them         16 d
+    flash    q and out 2 d each; k and v, gathered, 2 e each for M keys of T tokens; 4 bytes for each head    4 d + 4 e M / T + 4 heads
+    MLP      gate, silu(gate), up, their product, 2 f each                                                    8 f
+    """
+    d, f, e, heads, layers = 512, 1792, 128, 4, 3
+    config = transformers.LlamaConfig(hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads,
+                                      num_key_value_heads=1, vocab_size=100)
+    lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=torch.bfloat16)
+    ids, positions, *_, layout = sft.pack([([1] * 90, [[2] * 300, [3] * 200]), ([4] * 50, [[5] * 60, [6] * 250])], math.inf)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", lambda *args, **_: [Flash.apply(*args)])
+    kept, sizes = {p.untyped_storage().data_ptr(): 0 for p in lm.parameters()}, []  # bytes by address; weights are there anyway
+
+    def keep(x):
+        kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+        return x
+
+    for layer in lm.base_model.layers:
+        layer.register_forward_hook(lambda *_: sizes.append(sum(kept.values())))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        lm.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=SimpleNamespace(**layout))
+    per_token = 16 * d + 4 * d + 4 * e * len(layout["flat"]) / len(ids) + 4 * heads + 8 * f
+    assert (sizes[2] - sizes[1]) / len(ids) == pytest.approx(per_token, rel=0.01)
+
+
 class Waits(TorchDispatchMode):
     """Collects the operators that make the host wait for a GPU: values read, copies that are waited for, indices that lie on the CPU."""
     found = ()
