@@ -148,9 +148,9 @@ launch=("${watched[@]}" "$PYTHON")
 if [ "$gpus" -gt 0 ] || [ "$NPROC" -gt 1 ] || [ -n "${TORCHRUN:-}" ]; then
   launch+=(-m torch.distributed.run --nproc-per-node "$NPROC" ${TORCHRUN:---standalone})
 fi
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} # short: else threads that wait take the cores from other programs
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} TOKENIZERS_PARALLELISM=false # spin shortly: else threads that wait take the cores of others
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores = $(getconf _NPROCESSORS_ONLN) / NPROC) > 0 ? cores : 1))}
-export TOKENIZERS_PARALLELISM=false PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} TQDM_MININTERVAL=${TQDM_MININTERVAL:-$([ -t 2 ] && echo 0.1 || echo 10)}
 say() { printf '\n[%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 align() { # NAME [ARGUMENT ...]: OUT/NAME from OUT/sft
   say "align: $OUT/$1"
