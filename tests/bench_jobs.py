@@ -259,6 +259,8 @@ def evaluation(plan, sizes):
     sides = {"this repository, evaluate.py": None,
              "padded, sorted by length, as many tokens a forward": batches_of(sizes, plan["eval_tokens"]),
              "padded, style by style, 8 prompts a forward, as RM-Bench's own script": styles}
+    evaluate.score_set(scorer, Rows({key: values[:1] for key, values in data.items()}), plan["eval_tokens"], device, "warm-up")
+    padded(lm, [(data["prompt"][0], response) for response in data["responses"][0]])
     for side, batches in [*sides.items()] * plan["repeats"]:
         begin, scores = clock(), [[0.0] * len(ns) for _, ns in sizes]
         if batches is None:
