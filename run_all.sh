@@ -1,13 +1,10 @@
 #!/usr/bin/env bash
 # Prepare -> SFT -> align -> evaluate, on one code path from a laptop to a multi-GPU node.
-#   bash run_all.sh        the toy world with dpo, simpo, amapo; a table at the end. 2 cores, no GPU,
-#                          no hub: 2 to 4 minutes after installation
+#   bash run_all.sh        the toy world with dpo, simpo, amapo; tables at the end. 2 cores: 2 to 4 minutes
 #   bash run_all.sh test   the tests;   bash run_all.sh soak   the long ones too;   bench   beside TRL
 #   bash run_all.sh NAME   an experiment of the table below, over SEEDS
-# What is complete is skipped, what was interrupted resumes. All is set by environment variables; paths
-# are relative to this folder:
-#   SETTING    a row of the table below: toy (the default), mistral-base, mistral-instruct,
-#              llama3-base, llama3-instruct; or custom (the default if MODEL is given)
+# What is complete is skipped, what was interrupted resumes. Environment variables; paths from this folder:
+#   SETTING    a row of the table below (toy), or custom (the default if MODEL is given)
 #   MODEL      hub id or folder to start from
 #   SFT_DATA   source of demonstrations; none: MODEL is the SFT model already
 #   PREF_DATA  source of preferences to train on (what a source is: python prepare_data.py -h)
@@ -103,7 +100,6 @@ case $WHAT in
     install requirements.txt ;;
 esac
 TABLE=evaluation && [ "$WHAT" = compare ] || TABLE=$WHAT SEEDS=${SEEDS:-0 1 2}
-
 # ---------------------------------------------------------------------------------- the stages
 [ -z "${MODEL:-}" ] || SETTING=${SETTING:-custom}
 SETTING=${SETTING:-toy}
@@ -118,7 +114,7 @@ OUT=${OUT:-runs/$SETTING} MAX_LENGTH=${MAX_LENGTH:-$length} LOSSES=${LOSSES:-${l
 [[ $OUT != *[[:space:]%]* ]] || die "OUT=$OUT: without spaces and %, please"
 [[ ${TORCHRUN:-} != *nnodes* || $TORCHRUN == *node[-_]rank* ]] || die "TORCHRUN: wanted --node-rank too, as node 0 prepares the data"
 FLAGS="lr batch-size epochs pairs min-gap sft-weight" # of align.py, that LOSS@K=V may change; other K are hyper-parameters
-LOSSES=$(FLAGS=$FLAGS "$PYTHON" -c 'import os, sys, align
+LOSSES=$(FLAGS=$FLAGS "$PYTHON" -c 'import argparse, os, sys, align, evaluate
 names = sys.argv[1:] if sys.argv[1:] != ["EVERY"] else [k for k in align.LOSSES if k != "reward"]
 try:
     for name, _, changes in (name.partition("@") for name in names):
@@ -129,6 +125,10 @@ try:
         align.check(name != "madpo" or not flags & {"pairs", "min-gap"}, "its reward model wants them too: ALIGN_ARGS")
         align.configure(name, [f"{k}={changes[k]}" for k in changes if k not in flags])
 except (ValueError, ArithmeticError) as error: sys.exit(f"run_all.sh: LOSSES: {error}" + ("; K may also be " + os.environ["FLAGS"]) * (" has no " in str(error)))
+for name, add in dict(SFT_ARGS=lambda x: align.trainer_arguments(x, 0, 0, 0, ""), ALIGN_ARGS=align.arguments, EVAL_ARGS=evaluate.arguments).items():
+    parser = argparse.ArgumentParser(prog=f"run_all.sh: {name}", usage=argparse.SUPPRESS, allow_abbrev=False)
+    add(lambda flag, **how: flag[0] != "-" or parser.add_argument(flag, **how | dict(required=False)))
+    parser.parse_args(os.environ.get(name, "").split())
 print(*names)' $LOSSES)
 recipe() { # the arguments of a stage in this setting, or those called `other`
   awk -v s="$SETTING" -v l="${1%%@*}" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }
@@ -150,7 +150,8 @@ if [ "$gpus" -gt 0 ] || [ "$NPROC" -gt 1 ] || [ -n "${TORCHRUN:-}" ]; then
 fi
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} TOKENIZERS_PARALLELISM=false # spin shortly: else threads that wait take the cores of others
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores = $(getconf _NPROCESSORS_ONLN) / NPROC) > 0 ? cores : 1))}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} TQDM_MININTERVAL=${TQDM_MININTERVAL:-$([ -t 2 ] && echo 0.1 || echo 10)}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+[ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-10} HF_DATASETS_DISABLE_PROGRESS_BARS=${HF_DATASETS_DISABLE_PROGRESS_BARS:-1} # in a log
 say() { printf '\n[%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 align() { # NAME [ARGUMENT ...]: OUT/NAME from OUT/sft
   say "align: $OUT/$1"
@@ -185,7 +186,6 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
     --data "$OUT/data/eval" --out "$table" ${line##*|} ${EVAL_ARGS:-}
   say "done; everything is in $OUT, the table in $table/results.md"
 }
-
 if [ -z "${TORCHRUN:-}" ] && command -v flock > /dev/null; then mkdir -p "$OUT" && exec 9> "$OUT/.lock"; flock -n 9 || [ $? != 1 ] || die "$OUT: in use by another run"; fi
 if [ -z "${SEEDS:-}" ]; then
   chain "$OUT" "$SEED"

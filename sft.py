@@ -73,17 +73,16 @@ print0 = functools.partial(on_rank0, functools.partial(print, flush=True))
 
 # ---------------------------------------------------------------------- the model and its scores
 HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
-def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0.0,
-           sliding_window=None, softcap=None, **others):
+def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0.0, sliding_window=None, softcap=None, **others):
     """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value (1, K, T, D)
     -> (1, T, H, D). The layout of `pack` makes each response, with its prompt before it, a causal
     sequence. What would change the maths is refused."""
     others = {k for k in others if others[k] is not None} - {"position_ids", "cache_position", "use_cache"}
-    check(not (dropout or others), f"attention with {others or 'dropout'} is not supported")
+    check(not (dropout or others) and attention_mask is None, f"attention with {others or 'dropout or a mask'} is not supported")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, ., D)
     k, v = (x.index_select(0, layout.flat) for x in (k, v))  # (M, K, D)
     if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
-        out = torch.ops.aten._flash_attention_forward(  # last query beside last key; a prompt asks once
+        out = torch.ops.aten._flash_attention_forward(  # causal by the end: the last query sees the last key
             q, k, v, *layout.ends, *layout.longest, 0.0, True, False, scale=scaling,
             window_size_left=(sliding_window or 0) - 1, window_size_right=0)[0]
     else:
@@ -93,8 +92,9 @@ def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0
 @torch.compiler.disable  # or each layout would be compiled anew
 def attend_blocks(q, k, v, layout, scaling, window, softcap):
     """The same by blocks of sequences padded on the right: q (T, H, D), k and v (M, K, D) -> like q."""
-    outs, sizes, q = [], [n * length for n, length in layout.blocks], q.index_select(0, layout.flat)
-    for (n, length), *parts in zip(layout.blocks, *(x.split(sizes) for x in (q, k, v))):
+    copies = q.index_select(0, layout.flat), k, v  # (M, ., D)
+    outs, sizes = [], [n * length for n, length in layout.blocks]
+    for (n, length), *parts in zip(layout.blocks, *(x.split(sizes) for x in copies)):
         q, k, v = (x.unflatten(0, (n, length)).transpose(1, 2) for x in parts)  # (n, ., L, D)
         seen = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
         if softcap is None:
@@ -144,24 +144,26 @@ def load_config(path):
                     what=f"{path}: neither a model folder nor a hub id within reach: ")
 
 def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=False):
-    """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout).
-    Weights are fp32; on a GPU forward and backward run in bf16. Rank 0 alone reads the weights.
-    checkpointed: how many layers recompute activations.  compiled: each layer by torch.compile, once
-    for all lengths.  reward: a scalar head for the LM head.  replicas: copies, each sharded (HSDP)."""
+    """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout). Weights are fp32, which
+    rank 0 alone reads; on a GPU forward and backward run in bf16.  checkpointed: how many layers recompute.
+    compiled: each layer, once for all lengths.  reward: a scalar for the LM head.  replicas: copies (HSDP)."""
     config, auto = load_config(path), transformers.AutoModelForCausalLM
     scaled = {k: getattr(config, k, None) for k in ("logit_scale", "logits_scaling", "lm_head_multiplier")}
     check({*scaled.values()} <= {None, 1.0}, f"{path}: its config has {scaled}; the scorer does not scale logits")
     if reward:
         auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
     box, how = [None], dict(config=config, dtype=torch.float32, attn_implementation="packed")
+    with torch.device("meta"):
+        lm = auto.from_config(**how)
+    other = {*(getattr(config, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}
+    other |= {"convolution" for module in lm.modules() if isinstance(module, torch.nn.Conv1d)}  # as Mamba has
+    check(hasattr(lm.base_model, "layers") and not other,
+          f"{path}: {config.model_type} is not built like Llama: `layers`, whose tokens meet in attention alone {other or ''}")
     def read():  # never a pickle, which can run what was sent in it
         box[:] = auto.from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
         check({*box[1]["missing_keys"]} <= {"score.weight"}, f"they lack {box[1]['missing_keys']}")
     on_rank0(read, what=f"{path}: no whole safetensors weights; get them again or convert them: ")
     full = box[0]  # the whole model, on the CPU of rank 0
-    with torch.device("meta"):
-        lm = auto.from_config(**how)
-    check(hasattr(lm.base_model, "layers"), f"{path}: {config.model_type} is not built like Llama (`layers`)")
     scorer, shape = Scorer(lm).eval(), (replicas, dist.get_world_size() // replicas)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
     mesh = mesh if replicas > 1 else mesh["shards"]
@@ -172,9 +174,8 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     lm.tie_weights()
     options = whole.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     whole.set_model_state_dict(lm, full.state_dict() if full else {}, options=options)
-    known = on_rank0(lambda: dict(full.named_buffers()))
     for name, buffer in lm.named_buffers():  # rotary frequencies: not in any state dict
-        buffer.copy_(known[name])
+        buffer.copy_(on_rank0(lambda: full.get_buffer(name)))
     lm.generation_config = getattr(full or lm, "generation_config", None)  # none: a reward model
     getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # its name from 5.20, before
     for k, layer in enumerate(lm.base_model.layers):
@@ -205,14 +206,14 @@ def plan(rows, world, budget):
         micros[-1].append(i)
     return [micros + [[]] * (max(map(len, shares)) - len(micros)) for micros in shares]
 
-def pack(rows, similar):
-    """Rows [(prompt ids, [response ids, ...])] end to end, without padding, each prompt once:
-    ids, positions (T,); for each of N response tokens, source (N,), the place in T that predicts
-    it, target (N,), its id, owner (N,), its response; last (R,), the places of end tokens. For `attend`:
-    flat (M,), each response as a sequence of places in T, its prompt's and its own, padded to blocks
-    [(sequences, length)] whose lengths are within a factor `similar` (inf: each a block, in order);
-    back (T,), a place in M of every token (a prompt has several, all the same to it); for the flash
-    kernel, of which T are the queries, M the keys: ends (2, R + 1) of sequences in both, longest."""
+def pack(rows, flash):
+    """Rows [(prompt ids, [response ids, ...])] end to end, without padding, each prompt once: [([1, 2], [[3, 4],
+    [5]])] is ids (T,) 1 2 3 4 5 at positions 0 1 2 3 2. Of N response tokens, target (N,) 3 4 5: the places that
+    predict them, source 1 2 1; their responses, owner 0 0 1. These end at the places last (R,) 3 4. For `attend`
+    a response is a sequence of places, its prompt's and its own: flat (M,) 0 1 2 3, 0 1 4. With flash T queries
+    meet M keys in sequences that end at ends (2, R + 1), 0 4 5 and 0 4 7; longest 4 and 4. Else queries are
+    copied too, and sequences of similar length padded on the right to blocks [(how many, length)], which M then
+    includes; back (T,) is a place in M of each token, one of several for a prompt's."""
     ids, places, source, target, owner = [], [], [], [], []
     for prompt, responses in rows:
         prefix = range(len(ids), len(ids) + len(prompt))
@@ -225,8 +226,8 @@ def pack(rows, similar):
             ids += response
     ids, source, target, owner = map(torch.tensor, (ids, source, target, owner))
     flat, blocks, positions, back = [], [], torch.empty_like(ids), torch.empty_like(ids)
-    for seq in sorted(places, key=len, reverse=True) if similar < 1 else places:
-        if not blocks or len(seq) < similar * blocks[-1][1]:
+    for seq in places if flash else sorted(places, key=len, reverse=True):
+        if flash or not blocks or len(seq) < 0.8 * blocks[-1][1]:
             blocks.append([0, len(seq)])
         blocks[-1][0] += 1
         positions[seq] = torch.arange(len(seq))
@@ -243,8 +244,11 @@ on_device = lambda index, device: torch.tensor(index, dtype=torch.long).to(devic
 def score(scorer, rows, micro, device):
     """Summed log-probs (R,) of all responses of the rows `micro`; a dummy is run, and has R = 0.
     With scorer.squares (2 R,): of each row its n log-probs, then its n sums of squares."""
-    batch = pack([rows[i] for i in micro or [0]], 0.8 if device.type == "cpu" else math.inf)
-    check(batch[0].max() < scorer.lm.config.vocab_size, f"token id {batch[0].max()}: not in the vocabulary")
+    config, most = scorer.lm.config, getattr(scorer.lm.config, "max_position_embeddings", math.inf)
+    flash = not getattr(config, "attn_logit_softcapping", None) and device.type == "cuda"
+    batch = pack([rows[i] for i in micro or [0]], flash)
+    check(batch[0].max() < config.vocab_size, f"token id {batch[0].max()}: not in the vocabulary")
+    check(batch[1].max() < most, f"a row of {batch[1].max() + 1} tokens, but the model is made for {most}: prepare with --max-length")
     out = scorer(*tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch))
     out = out.unflatten(0, (-1, len(rows[0][1]) if scorer.squares else 1)).mT.flatten()
     return out if micro else out[:0]
@@ -266,8 +270,7 @@ def make_optimizer(name, scorer, weight_decay=0.0):
 def learning_rate(step, steps, peak, warmup=0.1):
     """Linear warm-up over the first tenth of the steps, then a cosine to zero."""
     warm = max(1, round(warmup * steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-    return peak * ((step + 1) / warm if step < warm else cosine)
+    return peak * ((step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), logps=()):
     """Clip by global norm, step, clear. Returns the norm, and the signal that any rank got, or 0.
@@ -357,11 +360,10 @@ def save_model(scorer, tok, partial, args):
     """PARTIAL -> OUT, an ordinary Hugging Face folder, whose generation config has every stop id.
     For --save-dtype bfloat16 it prints the share of weight changes since --model that survive."""
     lm, dtype = scorer.lm, getattr(torch, args.save_dtype)
-    options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = whole.get_model_state_dict(lm, options=options)
+    state = whole.get_model_state_dict(lm, options=whole.StateDictOptions(full_state_dict=True, cpu_offload=True))
     def write():
         if dtype == torch.bfloat16:
-            old = type(lm).from_pretrained(args.model, dtype=torch.float32).state_dict()
+            old = type(lm).from_pretrained(args.model, dtype="auto").state_dict()
             moved, kept = (sum((state[k].to(t) != old[k].to(t)).sum().item() for k in state) for t in (torch.float32, dtype))
             print(f"bfloat16 keeps {kept / max(moved, 1):.1%} of the weight changes")
         if generation := lm.generation_config:
@@ -426,8 +428,7 @@ def start(args, reward=False, files=(), **also):
     return device, rows, tok, scorer, optimizer, on_rank0(make)
 
 def main(args):
-    one = max(map(len, load_rows(args.data)["scores"])) == 1
-    check(one, f"{args.data}: has rows of several responses; SFT wants demonstrations")
+    check(max(map(len, load_rows(args.data)["scores"])) == 1, f"{args.data}: has rows of several responses; SFT wants demonstrations")
     if not (ready := start(args)):
         return
     device, data, tok, scorer, optimizer, partial = ready
@@ -450,9 +451,9 @@ def main(args):
         dist.all_reduce(logps)
         lr, loss = learning_rate(step, steps, args.lr), -logps.sum().item() / tokens
         norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, batch["id"], logps)
-        log = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens)
-        log["tokens_per_s"] = sum(map(len, batch["prompt"]), tokens) / (time.perf_counter() - began)
-        end_step(args, partial, bar, stop, scorer, optimizer, None, log)
+        speed = sum(map(len, batch["prompt"]), tokens) / (time.perf_counter() - began)
+        end_step(args, partial, bar, stop, scorer, optimizer, None, dict(
+            step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens, tokens_per_s=speed))
     save_model(scorer, tok, partial, args)
 
 def trainer_arguments(add, lr, batch_size, epochs, what):
@@ -476,5 +477,4 @@ def trainer_arguments(add, lr, batch_size, epochs, what):
     add("--seed", type=int, default=0, help="of the data order")
 
 if __name__ == "__main__":
-    defaults = dict(lr=2e-5, batch_size=128, epochs=1, what="demonstrations")
-    run(main, __doc__, functools.partial(trainer_arguments, **defaults))
+    run(main, __doc__, functools.partial(trainer_arguments, lr=2e-5, batch_size=128, epochs=1, what="demonstrations"))

@@ -108,9 +108,9 @@ def twice(scorer, rows, micro, device, score=sft.score):
         score(scorer, rows, micro, device)
     return score(scorer, rows, micro, device)
 
-def pack_all(rows, similar, pack=sft.pack):
+def pack_all(rows, flash, pack=sft.pack):
     """sft.pack, with logits of all places: those that predict no response belong to one more response, the last."""
-    ids, positions, source, target, owner, last, layout = pack(rows, similar)
+    ids, positions, source, target, owner, last, layout = pack(rows, flash)
     more = torch.tensor(sorted({*range(len(ids))} - {*source.tolist()}))
     owner = torch.cat([owner, torch.full_like(more, len(last))])
     return ids, positions, torch.cat([source, more]), torch.cat([target, ids[more]]), owner, torch.cat([last, last[-1:]]), layout

@@ -116,6 +116,28 @@ def test_a_config_that_scales_logits_is_refused(key, models, tmp_path):
             sft.load_model(str(tmp_path / "m"), CPU)
 
 
+@pytest.mark.parametrize("config, words", [
+    (transformers.MambaConfig(), "in attention alone.*'convolution'"),
+    (transformers.Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2), "in attention alone.*'conv'"),
+    (transformers.Qwen3NextConfig(), "in attention alone.*'linear_attention'"), (transformers.GPT2Config(), "not built like Llama"),
+    (transformers.T5Config(), "Unrecognized configuration class")])
+def test_a_model_whose_tokens_meet_elsewhere_than_in_attention_is_refused_before_its_weights_are_read(config, words, tmp_path):
+    config.save_pretrained(tmp_path)  # there are none
+    with pytest.raises(ValueError, match=words):
+        sft.load_model(str(tmp_path), CPU)
+
+
+def test_a_row_longer_than_the_model_is_made_for_is_refused(models, tmp_path):
+    shutil.copytree(models["llama"], tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | dict(max_position_embeddings=9)))
+    scorer = sft.load_model(str(tmp_path / "m"), CPU)
+    rows = [([3] * 4, [[5] * 5, [6]]), ([3] * 4, [[5] * 6, [6]])]
+    assert sft.score(scorer, rows, [0], CPU).isfinite().all()
+    with pytest.raises(ValueError, match="a row of 10 tokens, but the model is made for 9"):
+        sft.score(scorer, rows, [0, 1], CPU)
+
+
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_dropout_of_a_config_stays_off(recompute, models, tmp_path):
     shutil.copytree(models["llama"], tmp_path / "m")
@@ -190,7 +212,7 @@ def flash_emulated(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *,
        st.sampled_from([None, 1, 3, 100]), st.sampled_from([None, 2.0]), st.booleans())
 def test_packed_attention_is_that_of_a_naive_mask(shape, window, softcap, flash):
     rows = [([7] * p, [[8] * r for r in rs]) for p, rs in shape]
-    ids, positions, source, target, owner, last, layout = sft.pack(rows, similar=math.inf if flash else 0.8)
+    ids, positions, source, target, owner, last, layout = sft.pack(rows, flash)
     assert len(ids) == sum(p + sum(rs) for p, rs in shape)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, len(ids), 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
@@ -207,23 +229,23 @@ def test_packed_attention_is_that_of_a_naive_mask(shape, window, softcap, flash)
 
 def test_a_packed_batch_by_hand():
     rows = [([1, 2], [[3, 4], [5]]), ([6], [[7, 8, 9]])]
-    ids, positions, source, target, owner, last, layout = sft.pack(rows, 0.9)
+    ids, positions, source, target, owner, last, layout = sft.pack(rows, False)
     assert ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9] and positions.tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 3]
     assert source.tolist() == [1, 2, 1, 5, 6, 7] and target.tolist() == [3, 4, 5, 7, 8, 9] and owner.tolist() == [0, 0, 1, 2, 2, 2]
     assert last.tolist() == [3, 4, 8]
     assert layout["blocks"] == [[2, 4], [1, 3]]
     assert layout["flat"].tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 0, 1, 4] and layout["flat"][layout["back"]].tolist() == list(range(9))
-    flash = sft.pack(rows, math.inf)[-1]  # queries [1 2 3 4] [5] [6 7 8 9], keys [1 2 3 4] [1 2 5] [6 7 8 9]
+    flash = sft.pack(rows, True)[-1]  # queries [1 2 3 4] [5] [6 7 8 9], keys [1 2 3 4] [1 2 5] [6 7 8 9]
     assert flash["ends"].tolist() == [[0, 4, 5, 9], [0, 4, 7, 11]] and flash["longest"] == [4, 4]
     assert flash["flat"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("keywords, word", [(dict(s_aux=torch.ones(4)), "s_aux"), (dict(dropout=0.1), "dropout")])
+@pytest.mark.parametrize("keywords, word", [(dict(s_aux=torch.ones(4)), "s_aux"), (dict(dropout=0.1), "dropout"), (dict(attention_mask=torch.ones(1, 1, 2, 2)), "a mask")])
 def test_attention_refuses_what_would_change_the_maths(keywords, word):
-    *_, layout = sft.pack([([1], [[2]])], 0.8)
+    *_, layout = sft.pack([([1], [[2]])], False)
     x = torch.ones(1, 2, 2, 4)
     with pytest.raises(ValueError, match=word):
-        sft.attend(None, x, x, x, None, 0.5, SimpleNamespace(**layout), **keywords)
+        sft.attend(None, x, x, x, **dict(attention_mask=None, scaling=0.5, layout=SimpleNamespace(**layout)) | keywords)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the flash kernel runs only there")
@@ -232,8 +254,8 @@ def test_flash_attention_on_cuda_is_that_of_the_masked_path(window):
     rows = [([7] * p, [[8] * r for r in rs]) for p, rs in ((4, (9, 3)), (30, (50, 70)), (2, (1, 5, 8)))]
     g = torch.Generator().manual_seed(0)
     results = []
-    for device, similar in (("cpu", 0.8), ("cuda", math.inf)):
-        ids, *_, layout = sft.pack(rows, similar)
+    for device in ("cpu", "cuda"):
+        ids, *_, layout = sft.pack(rows, device == "cuda")
         layout = SimpleNamespace(**tree_map_only(torch.Tensor, lambda x: x.to(device), layout))
         g.manual_seed(0)
         qkv = [torch.randn(1, heads, len(ids), 64, generator=g).bfloat16().to(device).requires_grad_() for heads in (4, 2, 2)]
@@ -269,7 +291,7 @@ def test_a_layer_on_a_gpu_keeps_what_arithmetic_says(monkeypatch):
     config = transformers.LlamaConfig(hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=heads,
                                       num_key_value_heads=1, vocab_size=100)
     lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=torch.bfloat16)
-    ids, positions, *_, layout = sft.pack([([1] * 90, [[2] * 300, [3] * 200]), ([4] * 50, [[5] * 60, [6] * 250])], math.inf)
+    ids, positions, *_, layout = sft.pack([([1] * 90, [[2] * 300, [3] * 200]), ([4] * 50, [[5] * 60, [6] * 250])], True)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", lambda *args, **_: [Flash.apply(*args)])
     kept, sizes = {p.untyped_storage().data_ptr(): 0 for p in lm.parameters()}, []  # bytes by address; weights are there anyway
@@ -383,7 +405,7 @@ def test_a_compiled_layer_on_a_gpu_is_one_graph(name, models, compiled):
             layer.compile(dynamic=True)
         for seed in range(8):
             with _disable_current_modes():
-                ids, positions, *_, layout = sft.pack(random_rows(seed), math.inf)
+                ids, positions, *_, layout = sft.pack(random_rows(seed), True)
             ids, positions, layout = tree_map_only(torch.Tensor, lambda x: x.to(cuda), (ids + 0, positions + 0, layout))
             with torch.no_grad():
                 lm.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=SimpleNamespace(**layout))

@@ -142,7 +142,7 @@ def test_a_misspelt_loss_is_refused_before_the_first_stage(tmp_path):
 def test_wrong_losses_are_refused_with_the_reason(losses, word, monkeypatch, capsys):
     """The check that run_all.sh makes before its first stage, run here."""
     text = (ROOT / "run_all.sh").read_text()
-    code = re.search(r"-c '(import os, sys, align.*?)' \$LOSSES", text, re.S)[1]
+    code = re.search(r"-c '(import argparse.*?)' \$LOSSES", text, re.S)[1]
     monkeypatch.setenv("FLAGS", re.search(r'^FLAGS="(.*?)"', text, re.M)[1])
     monkeypatch.setattr(sys, "argv", ["-c", *losses.split()])
     if word:
@@ -151,3 +151,13 @@ def test_wrong_losses_are_refused_with_the_reason(losses, word, monkeypatch, cap
     else:
         exec(code, {})
         assert capsys.readouterr().out == f"{losses}\n"
+
+
+@pytest.mark.parametrize("variable, text, word", [
+    ("ALIGN_ARGS", "--lr 1e-4 --batchsize 3", "unrecognized arguments: --batchsize 3"), ("SFT_ARGS", "--epochs two", "argument --epochs: invalid"),
+    ("EVAL_ARGS", "--generate", "expected one argument"), ("SFT_ARGS", "--hp beta=1", "unrecognized arguments: --hp")])
+def test_wrong_arguments_of_a_stage_are_refused_before_the_first(variable, text, word, tmp_path):
+    done = subprocess.run(["bash", ROOT / "run_all.sh"], capture_output=True, text=True, env=os.environ | {
+        "PYTHON": sys.executable, "OUT": str(tmp_path / "o"), variable: text})
+    assert done.returncode == 2 and done.stderr.startswith(f"run_all.sh: {variable}: error: ") and word in done.stderr
+    assert not list(tmp_path.iterdir())
