@@ -73,12 +73,13 @@ print0 = functools.partial(on_rank0, functools.partial(print, flush=True))
 
 # ---------------------------------------------------------------------- the model and its scores
 HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
-def attend(module, query, key, value, attention_mask, scaling, layout, dropout=0.0, sliding_window=None, softcap=None, **others):
+def attend(module, query, key, value, attention_mask, scaling, layout=None, dropout=0.0, sliding_window=None, softcap=None, **others):
     """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value (1, K, T, D)
     -> (1, T, H, D). The layout of `pack` makes each response, with its prompt before it, a causal
     sequence. What would change the maths is refused."""
-    others = {k for k in others if others[k] is not None} - {"position_ids", "cache_position", "use_cache"}
-    check(not (dropout or others) and attention_mask is None, f"attention with {others or 'dropout or a mask'} is not supported")
+    others = {k for k in others if others[k] is not None} - {"position_ids", "cache_position", "use_cache", "output_attentions"}
+    check(layout is not None and attention_mask is None and not dropout and not others,
+          f"attention with {others or 'dropout, a mask or no layout'} is not supported")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, ., D)
     k, v = (x.index_select(0, layout.flat) for x in (k, v))  # (M, K, D)
     if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
@@ -155,10 +156,9 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     box, how = [None], dict(config=config, dtype=torch.float32, attn_implementation="packed")
     with torch.device("meta"):
         lm = auto.from_config(**how)
-    other = {*(getattr(config, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}
-    other |= {"convolution" for module in lm.modules() if isinstance(module, torch.nn.Conv1d)}  # as Mamba has
-    check(hasattr(lm.base_model, "layers") and not other,
-          f"{path}: {config.model_type} is not built like Llama: `layers`, whose tokens meet in attention alone {other or ''}")
+    kinds = {*(getattr(config, "layer_types", None) or [])} | {type(m).__name__ for m in lm.modules() if isinstance(m, torch.nn.Conv1d)}
+    check(hasattr(lm.base_model, "layers") and lm.is_backend_compatible() and len([*lm.children()]) == 2 and kinds <= {"full_attention",
+          "sliding_attention"}, f"{path}: {config.model_type} is not like Llama: `layers`, whose tokens meet in attention alone, and a head")
     def read():  # never a pickle, which can run what was sent in it
         box[:] = auto.from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
         check({*box[1]["missing_keys"]} <= {"score.weight"}, f"they lack {box[1]['missing_keys']}")
