@@ -78,8 +78,7 @@ def attend(module, query, key, value, attention_mask, scaling, layout=None, drop
     -> (1, T, H, D). The layout of `pack` makes each response, with its prompt before it, a causal
     sequence. What would change the maths is refused."""
     others = {k for k in others if others[k] is not None} - {"position_ids", "cache_position", "use_cache", "output_attentions"}
-    check(layout is not None and attention_mask is None and not dropout and not others,
-          f"attention with {others or 'dropout, a mask or no layout'} is not supported")
+    check(layout is not None and attention_mask is None and not (dropout or others), f"attention has no {others or 'dropout or mask'} here")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, ., D)
     k, v = (x.index_select(0, layout.flat) for x in (k, v))  # (M, K, D)
     if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
@@ -156,9 +155,10 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     box, how = [None], dict(config=config, dtype=torch.float32, attn_implementation="packed")
     with torch.device("meta"):
         lm = auto.from_config(**how)
-    kinds = {*(getattr(config, "layer_types", None) or [])} | {type(m).__name__ for m in lm.modules() if isinstance(m, torch.nn.Conv1d)}
-    check(hasattr(lm.base_model, "layers") and lm.is_backend_compatible() and len([*lm.children()]) == 2 and kinds <= {"full_attention",
-          "sliding_attention"}, f"{path}: {config.model_type} is not like Llama: `layers`, whose tokens meet in attention alone, and a head")
+    plain = {*(getattr(config, "layer_types", None) or ["full_attention"])} <= {"full_attention", "sliding_attention"}
+    plain &= not any(isinstance(module, torch.nn.Conv1d) for module in lm.modules())  # as Mamba has
+    check(plain and hasattr(lm.base_model, "layers") and lm.is_backend_compatible() and len([*lm.children()]) == 2,
+          f"{path}: {config.model_type} is not like Llama: `layers`, whose tokens meet in attention alone, and a head")
     def read():  # never a pickle, which can run what was sent in it
         box[:] = auto.from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
         check({*box[1]["missing_keys"]} <= {"score.weight"}, f"they lack {box[1]['missing_keys']}")
