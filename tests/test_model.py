@@ -570,6 +570,7 @@ SMALL = dict(
     n_group=1, topk_group=1, first_k_dense_replace=1)
 
 
+@pytest.mark.soak
 def test_every_architecture_of_transformers_is_refused_or_scored_as_transformers_does(tmp_path):
     """Random models of 4 layers, with no weight so small that a layer would not matter."""
     rows = [([3] * 7, [[5, 6, 9, 7], [8, 4]]), ([9, 4], [[11, 30, 5, 7, 8], [6], [40, 41]])]
