@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from align import LOSSES, Logps, apply_loss, configure, draw_pairs, loss
@@ -209,13 +209,14 @@ def official_amapo(r, beta):
     mu = sum(r) / len(r)
     sigma = math.sqrt(sum((x - mu) ** 2 for x in r) / (len(r) - 1))
     margins = [beta * math.exp((mu - x) / sigma * mu) if x < mu else 0.0 for x in r]
-    loss = [math.log1p(math.exp(-(beta * x - m))) for x, m in zip(r, margins)]
+    loss = [max(m - beta * x, 0) + math.log1p(math.exp(-abs(m - beta * x))) for x, m in zip(r, margins)]  # log(1 + exp(m - beta x)), large too
     slope = [-beta / (1 + math.exp(beta * x - m)) for x, m in zip(r, margins)]  # dloss/dr at a fixed margin
     return loss, slope
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=40).filter(lambda r: max(r) - min(r) > 1e-3), st.floats(0.5, 5))
+@example([1.0] + [3.0] * 5, 4.0)  # a margin of 925
 def test_amapo_value_and_gradient_against_the_official_formula(r, beta):
     pi = margins(r)
     w = pi.w.clone().requires_grad_()
