@@ -241,8 +241,9 @@ def test_a_packed_batch_by_hand():
     assert flash["flat"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("keywords, word", [(dict(s_aux=torch.ones(4)), "s_aux"), (dict(dropout=0.1), "dropout"), (dict(attention_mask=torch.ones(1, 1, 2, 2)), "mask"),
-                                            (dict(layout=None), "attention has no")])
+@pytest.mark.parametrize("keywords, word", [
+    (dict(s_aux=torch.ones(4)), "s_aux"), (dict(dropout=0.1), "dropout"), (dict(attention_mask=torch.ones(1, 1, 2, 2)), "mask"),
+    (dict(layout=None), "attention has no")])
 def test_attention_refuses_what_would_change_the_maths(keywords, word):
     *_, layout = sft.pack([([1], [[2]])], False)
     x = torch.ones(1, 2, 2, 4)
