@@ -13,7 +13,7 @@ processes and the micro-batches.
     python align.py --loss amapo --hp beta=10 --model runs/toy/sft --data runs/toy/data/train \\
         --out runs/amapo --lr 3e-4 --batch-size 64             # toy world, 2 cores: half a minute
 
-A new loss is one function below with @loss. Writes OUT as sft.py does; README.md defines its metrics.
+A new loss is one function below with @loss. Writes OUT as sft.py does; README.md has its metrics.
 """
 
 import functools
@@ -358,85 +358,105 @@ def configure(name, settings):
     what two made-up pairs, one ranked right, tell against them."""
     check(name in LOSSES, f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
     function, hp = LOSSES[name], dict(LOSSES[name].hp)
+    signature, kinds = f"{name}{inspect.signature(function)}", {type(x) for x in hp.values()}
     known = "pi ref pi_head ref_head pi_square kl gap" + " state" * function.batch
-    check({*function.wants} <= {*known.split()} and {*map(type, hp.values())} <= {bool, int, float, str},
-          f"--loss {name}{inspect.signature(function)}: the loop has {known}; hyper-parameters come "
-          "after `*`, with defaults, numbers or strings; `state` is for @loss(batch=True)")
+    check({*function.wants} <= {*known.split()} and kinds <= {bool, int, float, str},
+          f"--loss {signature}: the loop has {known}; hyper-parameters come after `*`, with "
+          "defaults, numbers or strings; `state` is for @loss(batch=True)")
     for setting in settings:
         key, _, value = setting.partition("=")
-        check(key in hp, f"--hp {setting}: {name} has no {key}: {name}{inspect.signature(function)}")
-        kind = float if type(hp[key]) is int and not value.lstrip("+-").isdigit() else type(hp[key])
+        check(key in hp, f"--hp {setting}: {name} has no {key}: {signature}")
+        kind = type(hp[key])
+        kind = float if kind is int and not value.lstrip("+-").isdigit() else kind
         try:
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise ValueError(f"--hp {setting}: wanted a {kind.__name__}") from None
-    n = torch.tensor([[2.0, 3.0], [3.0, 2.0], [2.0, 2.0], [2.0, 2.0], [3.0, 2.0]]).double()  # w, l, heads, kl
-    leaf = (-n * torch.tensor([[1, 3], [2, 2.5], [1, 4], [3, 2], [1.5, 2.5]])).requires_grad_()
-    losses, *alone = (apply_loss(function, hp, 0.0, n, None, torch.ones(2), {}, leaf[:, here], here)[0]
-                      for here in ([0, 1], [0], [1]))
-    check(torch.cat([losses, *alone]).isfinite().all(), f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
-    check(function.batch or losses.allclose(torch.cat(alone)), f"{name} looks across pairs: @loss(batch=True)")
-    check(torch.autograd.grad(losses.sum(), leaf)[0].any(), f"{name} {hp} has no gradient: all of it detached?")
+    lengths = torch.tensor([[2, 3], [3, 2], [2, 2], [2, 2], [3, 2]]).double()  # w, l, heads, kl
+    average = torch.tensor([[-1, -3], [-2, -2.5], [-1, -4], [-3, -2], [-1.5, -2.5]])
+    leaf, ref, gap = (average * lengths).requires_grad_(), torch.zeros_like(lengths), torch.ones(2)
+    both, first, second = (
+        apply_loss(function, hp, 0.0, lengths, ref, gap, {}, leaf[:, here], here)[0]
+        for here in ([0, 1], [0], [1]))
+    alone = torch.cat([first, second])
+    check(torch.cat([both, alone]).isfinite().all(),
+          f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
+    check(function.batch or both.allclose(alone), f"{name} looks across pairs: @loss(batch=True)")
+    check(torch.autograd.grad(both.sum(), leaf)[0].any(),
+          f"{name} {hp} has no gradient: all of it detached?")
     return function, hp
 
 def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
-    """(losses (g,), new state) of the pairs at the positions `here` of the global batch. leaf (K, g), (2 K, g)
-    with squares: log-probs of chosen, rejected, and as `fetch` appends; lengths, ref (K, G), gap (G,)."""
-    n, ref = lengths[:, here], torch.zeros_like(leaf) if ref is None else ref[:, here]
+    """(losses (g,), new state) of the pairs at the positions `here` of the global batch.
+    leaf (K, g): log-probs of chosen, rejected, and what `fetch` appends; (2 K, g) with squares.
+    lengths, ref (K, G); gap (G,)."""
+    n, ref = lengths[:, here], ref[:, here]
     two, head, last = slice(2), slice(2, 4) if len(n) > 3 else slice(2), len(n) - 1
     of = lambda x, rows: Logps(*x[rows], *n[rows])
-    supply = dict(pi=of(leaf, two), ref=of(ref, two), pi_head=of(leaf, head), ref_head=of(ref, head), gap=gap[here],
-                  pi_square=of(leaf[-len(n) :].detach(), two), kl=(leaf[last] - ref[last]).detach(), state=state)
+    supply = dict(
+        pi=of(leaf, two), pi_head=of(leaf, head), pi_square=of(leaf[-len(n) :].detach(), two),
+        ref=of(ref, two), ref_head=of(ref, head), kl=(leaf[last] - ref[last]).detach(),
+        gap=gap[here], state=state)
     try:
         out = function(*(supply[k] for k in function.wants), **hp)
     except ValueError as error:
-        raise ValueError(f"{function.__name__}, line {error.__traceback__.tb_next.tb_lineno}: {error}") from None
-    out = out if "state" in function.wants else (out, {})
-    sound = isinstance(out, tuple) and [*map(type, out)] == [torch.Tensor, dict] and out[0].shape == leaf[0].shape
-    check(sound and all(torch.is_tensor(x) and x.ndim == 0 for x in out[1].values()), f"{function.__name__} must return (G,) "
-          "losses, one a pair and not their mean; one that takes `state` (losses, new state), a dict of 0-d tensors")
-    return out[0] - sft_weight * leaf[0] / n[0], {k: x.detach() for k, x in out[1].items()}
+        line = error.__traceback__.tb_next.tb_lineno
+        raise ValueError(f"{function.__name__}, line {line}: {error}") from None
+    with_state = isinstance(out, tuple) and len(out) == 2
+    losses, state = out if with_state else (out, {})
+    check(with_state == ("state" in function.wants) and isinstance(state, dict)
+          and torch.is_tensor(losses) and losses.shape == leaf[0].shape
+          and all(torch.is_tensor(x) and x.ndim == 0 for x in state.values()),
+          f"{function.__name__} must return (G,) losses, one a pair and not their mean; "
+          "one that takes `state` (losses, new state), a dict of 0-d tensors")
+    return losses - sft_weight * leaf[0] / n[0], {k: x.detach() for k, x in state.items()}
 
 def code_of(function, *above):
-    """Hash of a loss, but for its docstring, and of what it names of this file: functions, constants."""
+    """Hash of a loss, but for its docstring, and of the functions and constants that it names."""
     text = inspect.getsource(function).replace(function.__doc__ or "@loss", "").replace("@loss", "")
-    for thing in map(globals().get, sorted({*re.findall(r"\w+", text)})):
-        if inspect.isfunction(thing) and thing.__module__ == __name__ and thing not in (function, *above):
-            text += code_of(thing, function, *above)
-        text += repr(thing) * (isinstance(thing, (int, float, str, tuple, list, dict)) and thing is not LOSSES)
+    for name in sorted({*re.findall(r"\w+", text)}):
+        thing = globals().get(name)
+        if inspect.isfunction(thing) and thing.__module__ == __name__:
+            text += "" if thing in (function, *above) else code_of(thing, function, *above)
+        elif isinstance(thing, (int, float, str, tuple, list, dict)) and thing is not LOSSES:
+            text += repr(thing)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # ----------------------------------------------------------------------------- pairs of the data
 def draw_pairs(scores, how, min_gap):
-    """[(row, chosen, rejected)]: `all` pairs of a row, or `best-worst`; never from a tie."""
+    """[(row, chosen, rejected, gap)]: `all` pairs of a row, or `best-worst`; never from a tie."""
     pairs = []
     for row, s in enumerate(scores):
         order = sorted(range(len(s)), key=lambda i: -s[i])
         two = [(order[0], order[-1])] if how == "best-worst" else combinations(order, 2)
-        pairs += [(row, i, j) for i, j in two if s[i] > s[j] and s[i] - s[j] >= min_gap]
+        drawn = [(row, i, j, s[i] - s[j]) for i, j in two]
+        pairs += [pair for pair in drawn if pair[3] > 0 and pair[3] >= min_gap]
     return pairs
 
 def fetch(data, pairs, index, supply):
     """The pairs at `index` as rows of the scorer, [(prompt, K responses)]; their ids; gaps (G,).
     K = 2, chosen and rejected. Where a loss wants more, it is more responses to the same prompt:
     for heads both, cut to the shorter one's length, for kl, last, the next row's chosen one."""
-    other = lambda i: next((j for j in chain(range(i + 1, len(pairs)), range(i)) if pairs[j][0] != pairs[i][0]), i)
-    after = [other(i) for i in index] if "kl" in supply else []
-    batch = data[[pairs[i][0] for i in [*index, *after]]]
-    responses, scores, rows, gaps = batch["responses"], batch["scores"], [], []
+    def mate(i):  # the next pair of another row
+        others = chain(range(i + 1, len(pairs)), range(i))
+        return next((j for j in others if pairs[j][0] != pairs[i][0]), i)
+    mates = [mate(i) for i in index] if "kl" in supply else []
+    batch = data[[pairs[i][0] for i in [*index, *mates]]]
+    prompts, responses, rows = batch["prompt"], batch["responses"], []
     for k, i in enumerate(index):
-        _, w, l = pairs[i]
-        rows.append((batch["prompt"][k], [responses[k][w], responses[k][l]]))
-        gaps.append(scores[k][w] - scores[k][l])
+        _, w, l, _ = pairs[i]
+        several = [responses[k][w], responses[k][l]]
         if {"pi_head", "ref_head"} & {*supply}:
-            rows[k][1].extend([r[: min(map(len, rows[k][1]))] for r in rows[k][1]])
-        if after:
-            rows[k][1].append(responses[len(index) + k][pairs[after[k]][1]])
-    return rows, batch["id"][: len(index)], torch.tensor(gaps, dtype=torch.float64)
+            several += [r[: min(map(len, several))] for r in several]
+        if mates:
+            several.append(responses[len(index) + k][pairs[mates[k]][1]])
+        rows.append((prompts[k], several))
+    gaps = torch.tensor([pairs[i][3] for i in index], dtype=torch.float64)
+    return rows, batch["id"][: len(index)], gaps
 
 def gather(outs, mine, shape, device):
-    """Log-probs (K, G) in data order, the same on every rank. outs: this rank's, of the pairs at the
-    positions `mine`, which it writes into zeros; the sum over ranks is exact, and float64 free."""
+    """Log-probs (K, G) in data order, the same on every rank. outs: this rank's, of the pairs at
+    the positions `mine`, written into zeros; the sum over ranks is exact, and float64 free."""
     full = torch.zeros(shape, dtype=torch.float64, device=device)
     full[:, on_device(mine, device)] = torch.cat(outs).detach().double().view(-1, shape[0]).T
     dist.all_reduce(full)
@@ -457,7 +477,10 @@ def score_pairs(scorer, data, pairs, supply, args, device, desc, steps):
     return scores
 
 def reference_scores(scorer, data, pairs, supply, args, device, steps):
-    """score_pairs before step 0; cached beside the data, so losses that share a start share it."""
+    """score_pairs before step 0, None if the loss does not want it. Cached beside the data, so that
+    losses that share a start share it."""
+    if not {"ref", "ref_head", "kl"} & {*supply}:
+        return None
     more = sorted({"kl", "pi_head", "ref_head"} & {*supply})  # beside chosen and rejected
     key = [fingerprint(args.model), fingerprint(args.data), more, steps, args.pairs, args.min_gap,
            args.batch_size, args.seed, args.tokens_per_forward, args.compile, dist.get_world_size(),
@@ -510,7 +533,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         if not replay:
             settle(window, outs)
         mine = [grads[:, on_device(micros[k], device)].T.flatten() for k in window]
-        torch.autograd.backward(outs, [(world * g).to(x.dtype) for g, x in zip(mine, outs)])  # FSDP averages
+        mine = [(world * g).to(x.dtype) for g, x in zip(mine, outs)]  # FSDP averages over ranks
+        torch.autograd.backward(outs, mine)
     return losses, logps, grads, state
 
 def describe(losses, logps, grads, lengths):
@@ -521,7 +545,8 @@ def describe(losses, logps, grads, lengths):
     barely = (r > 0) & (r <= r.mean())
     out = dict(loss=losses.mean(), accuracy=(r > 0).double().mean(), margin=r.mean(),
                accuracy_sum=(total > 0).double().mean(), margin_std=r.std(correction=0),
-               margin_sum=total.mean(), logp_chosen=average[0].mean(), logp_rejected=average[1].mean())
+               margin_sum=total.mean(),
+               logp_chosen=average[0].mean(), logp_rejected=average[1].mean())
     for name, pairs in dict(misranked=r <= 0, barely=barely, well=(r > 0) & ~barely).items():
         out[f"pairs_{name}"] = pairs.double().mean()
         out[f"grad_{name}"] = (force * pairs).sum() / force.sum().clamp(min=1e-300)
@@ -530,45 +555,49 @@ def describe(losses, logps, grads, lengths):
 # ------------------------------------------------------------------------------------------ main
 def main(args):
     function, hp = configure(args.loss, args.hp)
-    supply = function.wants
+    supply, reward = function.wants, args.loss == "reward"
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
-    check(pairs, f"{args.data}: no row has two scores that differ, by --min-gap at least (of demonstrations: see data/train)")
+    check(pairs, f"{args.data}: no two scores of a row differ (by --min-gap at least)")
     if args.margins:  # w - l of all pairs, by a reward model
         margins = json.loads(Path(args.margins).read_text())
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]
         check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
-    if not (ready := start(args, args.loss == "reward", filter(None, [args.margins]), hp=hp, code_of_the_loss=code_of(function))):
+        pairs = [(*pair[:3], margin) for pair, margin in zip(pairs, margins["margins"])]
+    files = [args.margins] if args.margins else []
+    ready = start(args, reward, files, hp=hp, code_of_the_loss=code_of(function))
+    if not ready:
         return
     device, data, tok, scorer, optimizer, partial = ready
     epoch = math.ceil(len(pairs) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * epoch)
-    print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} a step "
-           f"= {steps} steps{' (so few change little)' * (steps < 20)}, on {dist.get_world_size()} {device.type} process(es)")
-    wanted = {"ref", "ref_head", "kl"} & {*supply}
-    reference = wanted and reference_scores(scorer, data, pairs, supply, args, device, min(steps, epoch))
+    few = " (so few change little)" if steps < 20 else ""
+    print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} "
+           f"a step = {steps} steps{few}, on {dist.get_world_size()} {device.type} process(es)")
+    reference = reference_scores(scorer, data, pairs, supply, args, device, min(steps, epoch))
     scorer.squares = "pi_square" in supply
     first, saved = load_checkpoint(partial, scorer, optimizer)
     state, origin = saved or ({}, None)  # of the loss; the first step's metrics
+    sft_weight, replay = 0.0 if reward else args.sft_weight, args.replay and function.batch
     bar = tqdm.trange(first, steps, total=steps, initial=first, desc=args.loss,
                       unit="step", disable=dist.get_rank() > 0)
     for step in bar:
         began = time.perf_counter()
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
         rows, ids, gap = fetch(data, pairs, index, supply)
-        lengths = torch.tensor([[1 if args.loss == "reward" else len(r) for r in rs] for _, rs in rows],
-                               dtype=torch.float64, device=device).T  # (K, G)
-        gap = gap.new_tensor([margins["margins"][i] for i in index]) if args.margins else gap
-        ref = reference[:, index] if wanted else None
-        losses_of = functools.partial(
-            apply_loss, function, hp, args.sft_weight * (args.loss != "reward"), lengths, ref, gap.to(device), state)
-        losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch, args.replay and function.batch,
+        lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows], device=device).double().T
+        lengths = torch.ones_like(lengths) if reward else lengths  # (K, G)
+        ref = torch.zeros_like(lengths) if reference is None else reference[:, index]
+        losses_of = functools.partial(apply_loss, function, hp, sft_weight, lengths, ref,
+                                      gap.to(device), state)
+        losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch, replay,
                                                args.tokens_per_forward, device)
         metrics = describe(losses, logps, grads, lengths)
         lr, loss = learning_rate(step, steps, args.lr), metrics["loss"]
         norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, ids, logps.T)
-        if step == 0 and wanted:  # policy and reference were one model
+        if step == 0 and reference is not None:  # policy and reference were one model
             off = dpo(*(Logps(*x[:2], *lengths[:2]) for x in (logps, ref))).mean() - math.log(2)
-            check(abs(off) < (1e-5 if device.type == "cpu" else 1e-2), f"first loss: ln 2 + {off}; remove {args.data}/../reference")
+            check(abs(off) < (1e-5 if device.type == "cpu" else 1e-2),
+                  f"first loss: ln 2 + {off}; remove {args.data}/../reference")
         origin = origin or metrics
         metrics |= {f"d{k}": metrics[k] - origin[k] for k in ("logp_chosen", "logp_rejected")}
         seconds = time.perf_counter() - began
@@ -576,7 +605,7 @@ def main(args):
         end_step(args, partial, bar, stop, scorer, optimizer, (state, origin), dict(
             step=step + 1, lr=lr, grad_norm=norm, **metrics,
             pairs_per_s=len(rows) / seconds, tokens_per_s=tokens / seconds))
-    if args.loss == "reward":
+    if reward:
         w, l = score_pairs(scorer, data, pairs, supply, args, device, "margins", epoch).tolist()
         margins = dict(data=[fingerprint(args.data), len(w)], margins=[a - b for a, b in zip(w, l)])
         on_rank0((partial / "margins.json").write_text, json.dumps(margins))
@@ -593,5 +622,6 @@ def arguments(add):
     add("--replay", action="store_true", help="batch losses: forward twice, but keep no graphs")
 
 if __name__ == "__main__":
-    lines = [f"{k}{inspect.signature(f)}\n    {(f.__doc__ or '-').splitlines()[0]}" for k, f in LOSSES.items()]
-    run(main, "\n".join([__doc__, "Losses, and the first line of what they say of themselves:", *lines]), arguments)
+    losses = [f"{name}{inspect.signature(f)}\n    {(f.__doc__ or '-').splitlines()[0]}"
+              for name, f in LOSSES.items()]
+    run(main, "\n".join([__doc__, "Losses, and how they describe themselves:", *losses]), arguments)

@@ -296,9 +296,10 @@ def test_configure_reads_and_refuses():
 
 def test_pairs_of_a_scored_list():
     scores = [[1.0, 3.0, 2.0, 3.0], [5.0, 5.0], [0.0, 0.4]]
-    assert sorted(draw_pairs(scores, "all", 0.0)) == [(0, 1, 0), (0, 1, 2), (0, 2, 0), (0, 3, 0), (0, 3, 2), (2, 1, 0)]
-    assert draw_pairs(scores, "best-worst", 0.0) == [(0, 1, 0), (2, 1, 0)]
-    assert draw_pairs(scores, "best-worst", 0.5) == [(0, 1, 0)]
+    assert sorted(draw_pairs(scores, "all", 0.0)) == [
+        (0, 1, 0, 2.0), (0, 1, 2, 1.0), (0, 2, 0, 1.0), (0, 3, 0, 2.0), (0, 3, 2, 1.0), (2, 1, 0, 0.4)]
+    assert draw_pairs(scores, "best-worst", 0.0) == [(0, 1, 0, 2.0), (2, 1, 0, 0.4)]
+    assert draw_pairs(scores, "best-worst", 0.5) == [(0, 1, 0, 2.0)]
 
 
 def detached(pi, *, beta=1.0):
@@ -356,7 +357,7 @@ def test_a_state_keeps_no_graph(monkeypatch):
 
     configure("mine", [])
     leaf, n = torch.randn(2, 5, dtype=torch.float64).requires_grad_(), torch.ones(2, 5, dtype=torch.float64)
-    losses, state = apply_loss(mine, {}, 0.0, n, None, torch.ones(5), {}, leaf, [*range(5)])
+    losses, state = apply_loss(mine, {}, 0.0, n, n, torch.ones(5), {}, leaf, [*range(5)])
     assert losses.requires_grad and not state["mean"].requires_grad
     del LOSSES["mine"]
 
