@@ -429,8 +429,8 @@ def draw_pairs(scores, how, min_gap):
     for row, s in enumerate(scores):
         order = sorted(range(len(s)), key=lambda i: -s[i])
         two = [(order[0], order[-1])] if how == "best-worst" else combinations(order, 2)
-        drawn = [(row, i, j, s[i] - s[j]) for i, j in two]
-        pairs += [pair for pair in drawn if pair[3] > 0 and pair[3] >= min_gap]
+        gaps = ((i, j, s[i] - s[j]) for i, j in two)
+        pairs += [(row, i, j, gap) for i, j, gap in gaps if gap > 0 and gap >= min_gap]
     return pairs
 
 def fetch(data, pairs, index, supply):
@@ -477,8 +477,7 @@ def score_pairs(scorer, data, pairs, supply, args, device, desc, steps):
     return scores
 
 def reference_scores(scorer, data, pairs, supply, args, device, steps):
-    """score_pairs before step 0, None if the loss does not want it. Cached beside the data, so that
-    losses that share a start share it."""
+    """score_pairs before step 0, cached beside the data; None if the loss does not want it."""
     if not {"ref", "ref_head", "kl"} & {*supply}:
         return None
     more = sorted({"kl", "pi_head", "ref_head"} & {*supply})  # beside chosen and rejected
@@ -532,9 +531,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
             settle(window, outs)
-        mine = [grads[:, on_device(micros[k], device)].T.flatten() for k in window]
-        mine = [(world * g).to(x.dtype) for g, x in zip(mine, outs)]  # FSDP averages over ranks
-        torch.autograd.backward(outs, mine)
+        mine = [world * grads[:, on_device(micros[k], device)].T.flatten() for k in window]
+        torch.autograd.backward(outs, [g.to(x.dtype) for g, x in zip(mine, outs)])  # FSDP averages
     return losses, logps, grads, state
 
 def describe(losses, logps, grads, lengths):
