@@ -365,7 +365,7 @@ def save_model(scorer, tok, partial, args):
         if dtype == torch.bfloat16:
             old = type(lm).from_pretrained(args.model, dtype="auto").state_dict()
             changed = lambda t: sum((state[k].to(t) != old[k].to(t)).sum().item() for k in state)
-            print(f"bfloat16: {changed(dtype) / max(changed(torch.float32), 1):.1%} of changes stay")
+            print(f"bf16 keeps {changed(dtype) / max(changed(torch.float32), 1):.1%} of changes")
         if generation := lm.generation_config:
             eos = generation.eos_token_id
             stops = {*(eos if isinstance(eos, list) else [eos]), tok.eos_token_id, end_of_turn(tok)[0]}
