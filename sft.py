@@ -3,14 +3,12 @@ stages: load, shard (FSDP2), pack, score, optimiser, checkpoints, save.
 
     loss = - sum of log pi(y | x) over the responses of the global batch / their number of tokens
 
-    python sft.py --model runs/toy/data/model --data runs/toy/data/sft --out runs/sft \\
-        --lr 3e-3 --batch-size 64                              # toy world, 2 cores: 1 minute
+    python sft.py --model toy/model --data toy/sft --out sft --lr 3e-3 --batch-size 64  # 1 minute
 
 Reads a folder of prepare_data.py, and `tokenizer` beside it. Writes OUT, a Hugging Face folder with
 metrics.jsonl; OUT.partial until complete, and the same command resumes from its last checkpoint.
 """
 
-import functools
 import json
 import math
 import os
@@ -29,9 +27,7 @@ import torch.nn.functional as F
 import tqdm
 import transformers
 from torch.distributed.checkpoint import state_dict as whole
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
@@ -40,14 +36,13 @@ from prepare_data import begin, check, end_of_turn, fingerprint, load_tokenizer,
 # ------------------------------------------------------------------------------------- processes
 def setup():
     """Join torchrun's process group, or make one of one process (no port). Returns the device."""
-    cuda, device = torch.cuda.is_available(), torch.device("cpu")
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone,
-                            timeout=4 * dist.distributed_c10d.default_pg_timeout)  # rank 0 may download
-    transformers.utils.logging.disable_progress_bar()
+    wait = 4 * dist.distributed_c10d.default_pg_timeout  # 2 hours: rank 0 may download
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=wait, **alone)
     torch.manual_seed(0)  # of the one thing that is drawn, a new reward head
     return device
 
@@ -69,36 +64,39 @@ def on_rank0(function, *args, what=""):
     check(not box[1], box[1])
     return box[0]
 
-print0 = functools.partial(on_rank0, functools.partial(print, flush=True))
+print0 = lambda *text: on_rank0(lambda: print(*text, flush=True))
 
 # ---------------------------------------------------------------------- the model and its scores
 HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
-def attend(module, query, key, value, attention_mask, scaling, layout=None, dropout=0.0, sliding_window=None, softcap=None, **others):
-    """Attention of a packed row, as transformers calls it: query (1, H, T, D), key and value (1, K, T, D)
-    -> (1, T, H, D). The layout of `pack` makes each response, with its prompt before it, a causal
-    sequence. What would change the maths is refused."""
-    others = {k for k in others if others[k] is not None} - {"position_ids", "cache_position", "use_cache", "output_attentions"}
-    check(layout is not None and attention_mask is None and not (dropout or others), f"attention has no {others or 'dropout or mask'} here")
+HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions"}  # to attention
+def attend(module, query, key, value, attention_mask, scaling, layout=None, dropout=0.0,
+           sliding_window=None, softcap=None, **others):
+    """Attention by the layout of `pack`, as transformers calls it: query (1, H, T, D), key, value
+    (1, K, T, D) -> (1, T, H, D). What would change the maths is refused."""
+    check(layout is not None, "this model does not pass `layout` on to its attention: take another")
+    others |= dict(mask=attention_mask, dropout=dropout or None)
+    others = {name for name in others if others[name] is not None} - HARMLESS
+    check(not others, f"attention has no {others} here: take another model")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, ., D)
     k, v = (x.index_select(0, layout.flat) for x in (k, v))  # (M, K, D)
     if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
-        out = torch.ops.aten._flash_attention_forward(  # causal by the end: the last query sees the last key
+        out = torch.ops.aten._flash_attention_forward(  # the last query sees the last key
             q, k, v, *layout.ends, *layout.longest, 0.0, True, False, scale=scaling,
             window_size_left=(sliding_window or 0) - 1, window_size_right=0)[0]
     else:
-        out = attend_blocks(q, k, v, layout, scaling, sliding_window, softcap)
+        out = attend_blocks(q, k, v, layout, scaling, sliding_window or len(k), softcap)
     return out[None], None
 
 @torch.compiler.disable  # or each layout would be compiled anew
 def attend_blocks(q, k, v, layout, scaling, window, softcap):
-    """The same by blocks of sequences padded on the right: q (T, H, D), k and v (M, K, D) -> like q."""
-    copies = q.index_select(0, layout.flat), k, v  # (M, ., D)
+    """The same by blocks of sequences, padded on the right: q (T, H, D), k and v (M, K, D)."""
     outs, sizes = [], [n * length for n, length in layout.blocks]
-    for (n, length), *parts in zip(layout.blocks, *(x.split(sizes) for x in copies)):
+    copies = [x.split(sizes) for x in (q.index_select(0, layout.flat), k, v)]
+    for (n, length), *parts in zip(layout.blocks, *copies):
         q, k, v = (x.unflatten(0, (n, length)).transpose(1, 2) for x in parts)  # (n, ., L, D)
-        seen = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
+        seen = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - window)
         if softcap is None:
-            how = dict(is_causal=True) if (window or length) >= length else dict(attn_mask=seen)
+            how = dict(is_causal=True) if window >= length else dict(attn_mask=seen)
             out = F.scaled_dot_product_attention(q, k, v, **how, scale=scaling, enable_gqa=True)
         else:  # Gemma-2
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -120,52 +118,57 @@ class Scorer(torch.nn.Module):
     def forward(self, ids, positions, source, target, owner, last, layout):
         """Summed log-probs (R, 1) in nats, fp32, of responses that `pack` packed; or their rewards.
         With self.squares (R, 2): beside them the sums of log sum_v pi(v)^2 over all tokens v."""
-        hidden = self.lm.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False,
-                                    layout=SimpleNamespace(**layout)).last_hidden_state  # (1, T, D)
+        hidden = self.lm.base_model(ids[None], position_ids=positions[None], use_cache=False,
+                                    layout=SimpleNamespace(**layout)).last_hidden_state[0]  # (T, D)
         if hasattr(self.lm, "score"):
-            return self.lm.score(hidden[0, last]).float()
-        chunks = zip(hidden[0].index_select(0, source).split(HEAD_CHUNK), target.split(HEAD_CHUNK))
-        logps = torch.cat([checkpoint(self.token_logps, h, y, use_reentrant=False) for h, y in chunks])
+            return self.lm.score(hidden[last]).float()
+        def token_logps(hidden, target):
+            logits = self.lm.get_output_embeddings()(hidden).float()  # (chunk, V)
+            if softcap := getattr(self.lm.config, "final_logit_softcapping", None):
+                logits = softcap * torch.tanh(logits / softcap)
+            logps = [-F.cross_entropy(logits, target, reduction="none")]
+            if self.squares:
+                with torch.no_grad():
+                    logps.append(torch.logsumexp(2 * logits, 1) - 2 * torch.logsumexp(logits, 1))
+            return torch.stack(logps, 1)  # (chunk, 1 or 2)
+        chunks = zip(hidden.index_select(0, source).split(HEAD_CHUNK), target.split(HEAD_CHUNK))
+        logps = torch.cat([checkpoint(token_logps, h, y, use_reentrant=False) for h, y in chunks])
         return logps.new_zeros(len(last), logps.shape[1]).index_add(0, owner, logps)
-
-    def token_logps(self, hidden, target):
-        logits = self.lm.get_output_embeddings()(hidden).float()  # (chunk, V)
-        if softcap := getattr(self.lm.config, "final_logit_softcapping", None):
-            logits = softcap * torch.tanh(logits / softcap)
-        logps = [-F.cross_entropy(logits, target, reduction="none")]
-        if self.squares:
-            with torch.no_grad():
-                logps.append(torch.logsumexp(2 * logits, 1) - 2 * torch.logsumexp(logits, 1))
-        return torch.stack(logps, 1)  # (chunk, 1 or 2)
 
 def load_config(path):
     """The config of a Hugging Face folder or hub id; ValueError if there is none."""
     return on_rank0(lambda: transformers.AutoConfig.from_pretrained(path, trust_remote_code=False),
                     what=f"{path}: neither a model folder nor a hub id within reach: ")
 
+def check_like_llama(lm, config, path):
+    """ValueError if a model does what `attend` and Scorer do not compute."""
+    odd = {*(getattr(config, "layer_types", None) or [])} - {"full_attention", "sliding_attention"}
+    odd |= {"Conv1d" for module in lm.modules() if isinstance(module, torch.nn.Conv1d)}  # of Mamba
+    scales = "logit_scale", "logits_scaling", "lm_head_multiplier"
+    odd |= {key for key in scales if getattr(config, key, None) not in (None, 1.0)}
+    fine = hasattr(lm.base_model, "layers") and len([*lm.children()]) == 2
+    check(fine and not odd and lm.is_backend_compatible(), f"{path}: {config.model_type} is not "
+          f"like Llama, `layers` whose tokens meet in attention alone and a head {odd or ''}")
+
 def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=False):
-    """A Hugging Face folder or hub id -> a sharded Scorer, in eval mode (no dropout). Weights are fp32, which
-    rank 0 alone reads; on a GPU forward and backward run in bf16.  checkpointed: how many layers recompute.
-    compiled: each layer, once for all lengths.  reward: a scalar for the LM head.  replicas: copies (HSDP)."""
-    config, auto = load_config(path), transformers.AutoModelForCausalLM
-    scaled = {k: getattr(config, k, None) for k in ("logit_scale", "logits_scaling", "lm_head_multiplier")}
-    check({*scaled.values()} <= {None, 1.0}, f"{path}: its config has {scaled}; the scorer does not scale logits")
+    """A Hugging Face folder or hub id -> a sharded Scorer in eval mode (no dropout), in fp32; on a
+    GPU forward and backward are in bf16. checkpointed: how many layers recompute. reward: a scalar
+    for the LM head. replicas: copies, each sharded (HSDP). compiled: layers, for all lengths."""
+    config, auto, full = load_config(path), transformers.AutoModelForCausalLM, None
     if reward:
         auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
-    box, how = [None], dict(config=config, dtype=torch.float32, attn_implementation="packed")
     with torch.device("meta"):
-        lm = auto.from_config(**how)
-    plain = {*(getattr(config, "layer_types", None) or ["full_attention"])} <= {"full_attention", "sliding_attention"}
-    plain &= not any(isinstance(module, torch.nn.Conv1d) for module in lm.modules())  # as Mamba has
-    check(plain and hasattr(lm.base_model, "layers") and lm.is_backend_compatible() and len([*lm.children()]) == 2,
-          f"{path}: {config.model_type} is not like Llama: `layers`, whose tokens meet in attention alone, and a head")
+        lm = auto.from_config(config, dtype=torch.float32)
+    check_like_llama(lm, config, path)
+    lm.config._attn_implementation = "packed"
     def read():  # never a pickle, which can run what was sent in it
-        box[:] = auto.from_pretrained(path, use_safetensors=True, output_loading_info=True, **how)
-        check({*box[1]["missing_keys"]} <= {"score.weight"}, f"they lack {box[1]['missing_keys']}")
+        nonlocal full  # the whole model, on the CPU of rank 0
+        full, found = auto.from_pretrained(path, config=config, dtype=torch.float32,
+                                           use_safetensors=True, output_loading_info=True)
+        check({*found["missing_keys"]} <= {"score.weight"}, f"they lack {found['missing_keys']}")
     on_rank0(read, what=f"{path}: no whole safetensors weights; get them again or convert them: ")
-    full = box[0]  # the whole model, on the CPU of rank 0
     scorer, shape = Scorer(lm).eval(), (replicas, dist.get_world_size() // replicas)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "shards"))
     mesh = mesh if replicas > 1 else mesh["shards"]
     policy = MixedPrecisionPolicy(torch.bfloat16 if device.type == "cuda" else None, torch.float32)
     for module in (*lm.base_model.layers, scorer):
@@ -176,18 +179,18 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     whole.set_model_state_dict(lm, full.state_dict() if full else {}, options=options)
     for name, buffer in lm.named_buffers():  # rotary frequencies: not in any state dict
         buffer.copy_(on_rank0(lambda: full.get_buffer(name)))
-    lm.generation_config = getattr(full or lm, "generation_config", None)  # none: a reward model
-    getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # its name from 5.20, before
+    lm.generation_config = getattr(full, "generation_config", None)  # none: a reward model
+    getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # till 5.19
     for k, layer in enumerate(lm.base_model.layers):
-        layer.training = k < checkpointed  # this flag alone: it checkpoints, and dropout inside stays off
+        layer.training = k < checkpointed  # recompute; dropout inside stays off
         if compiled:
             layer.compile(dynamic=True)
     return scorer
 
 # ---------------------------------------------------------- data order, micro-batches, packed rows
 def batch_indices(n, batch_size, seed, step):
-    """Data order, a pure function: positions of global batch `step` of n items, permuted by epoch."""
-    epoch, k = divmod(step, -(-n // batch_size))
+    """Data order, a pure function: where global batch `step` finds its items, permuted by epoch."""
+    epoch, k = divmod(step, math.ceil(n / batch_size))
     return random.Random(f"order {seed} {epoch}").sample(range(n), n)[k * batch_size : (k + 1) * batch_size]
 
 def plan(rows, world, budget):
@@ -198,57 +201,56 @@ def plan(rows, world, budget):
     tokens = [len(p) + sum(map(len, rs)) for p, rs in rows]
     order = sorted(range(len(rows)), key=lambda i: (-tokens[i], i))
     shares = [[] for _ in range(world)]
-    for k, i in enumerate(order):
-        turn = k % (2 * world)
-        micros = shares[min(turn, 2 * world - 1 - turn)]
+    for i, micros in zip(order, (shares + shares[::-1]) * len(rows)):
         if not micros or sum(tokens[j] for j in micros[-1]) + tokens[i] > budget:
             micros.append([])
         micros[-1].append(i)
     return [micros + [[]] * (max(map(len, shares)) - len(micros)) for micros in shares]
 
 def pack(rows, flash):
-    """Rows [(prompt ids, [response ids, ...])] end to end, without padding, each prompt once: [([1, 2], [[3, 4],
-    [5]])] is ids (T,) 1 2 3 4 5 at positions 0 1 2 3 2. Of N response tokens, target (N,) 3 4 5: the places that
-    predict them, source 1 2 1; their responses, owner 0 0 1. These end at the places last (R,) 3 4. For `attend`
-    a response is a sequence of places, its prompt's and its own: flat (M,) 0 1 2 3, 0 1 4. With flash T queries
-    meet M keys in sequences that end at ends (2, R + 1), 0 4 5 and 0 4 7; longest 4 and 4. Else queries are
-    copied too, and sequences of similar length padded on the right to blocks [(how many, length)], which M then
-    includes; back (T,) is a place in M of each token, one of several for a prompt's."""
-    ids, places, source, target, owner = [], [], [], [], []
+    """Rows [(prompt ids, [response ids, ...])] end to end, without padding, each prompt once:
+    ([1, 2], [[3, 4], [5]]) is ids (T,) 1 2 3 4 5 at positions 0 1 2 3 2. Of N response tokens,
+    target 3 4 5: source 1 2 1, the places that predict them; owner 0 0 1, their responses, which
+    end at last (R,) 3 4. For `attend` a response is a sequence of places, its prompt's and its
+    own: flat (M,) 0 1 2 3, 0 1 4. With flash T queries meet M keys in sequences that end at ends
+    (2, R + 1), 0 4 5 and 0 4 7, longest 4 and 4. Else queries are copied too, sequences of similar
+    length padded to blocks [(how many, length)], and back (T,) has a place in M of each token."""
+    tokens, answers, places = [], [], []
     for prompt, responses in rows:
-        prefix = range(len(ids), len(ids) + len(prompt))
-        ids += prompt
+        prefix = range(len(tokens), len(tokens) + len(prompt))
+        tokens += zip(prompt, range(len(prompt)))
         for response in responses:
-            places.append([*prefix, *range(len(ids), len(ids) + len(response))])
-            source += places[-1][len(prompt) - 1 : -1]
-            target += response
-            owner += [len(places) - 1] * len(response)
-            ids += response
-    ids, source, target, owner = map(torch.tensor, (ids, source, target, owner))
-    flat, blocks, positions, back = [], [], torch.empty_like(ids), torch.empty_like(ids)
+            seq = [*prefix, *range(len(tokens), len(tokens) + len(response))]
+            tokens += zip(response, range(len(prompt), len(seq)))
+            answers += zip(seq[len(prompt) - 1 : -1], response, [len(places)] * len(response))
+            places.append(seq)
+    ids, positions = map(torch.tensor, zip(*tokens))
+    source, target, owner = map(torch.tensor, zip(*answers))
+    last, lengths = torch.tensor([(seq[-1], len(seq)) for seq in places]).T
+    ends = F.pad(torch.stack([last + 1, lengths.cumsum(0)]), (1, 0)).int()
+    flat, blocks, back = [], [], torch.empty_like(ids)
     for seq in places if flash else sorted(places, key=len, reverse=True):
         if flash or not blocks or len(seq) < 0.8 * blocks[-1][1]:
             blocks.append([0, len(seq)])
         blocks[-1][0] += 1
-        positions[seq] = torch.arange(len(seq))
         back[seq] = torch.arange(len(flat), len(flat) + len(seq))
         flat += seq + [0] * (blocks[-1][1] - len(seq))
-    last, lengths = torch.tensor([(seq[-1], len(seq)) for seq in places]).T
-    ends = F.pad(torch.stack([last + 1, lengths.cumsum(0)]), (1, 0)).int()
-    layout = dict(flat=torch.tensor(flat), back=back, ends=ends, longest=ends.diff().amax(1).tolist(), blocks=blocks)
-    return ids, positions, source, target, owner, last, layout
+    return ids, positions, source, target, owner, last, dict(blocks=blocks, back=back, ends=ends,
+        flat=torch.tensor(flat), longest=ends.diff().amax(1).tolist())
 
 # with a plain list for an index the host would wait until the GPU has done all it was given
-on_device = lambda index, device: torch.tensor(index, dtype=torch.long).to(device, non_blocking=True)
+on_device = lambda index, device: torch.tensor(index).long().to(device, non_blocking=True)
 
 def score(scorer, rows, micro, device):
     """Summed log-probs (R,) of all responses of the rows `micro`; a dummy is run, and has R = 0.
     With scorer.squares (2 R,): of each row its n log-probs, then its n sums of squares."""
-    config, most = scorer.lm.config, getattr(scorer.lm.config, "max_position_embeddings", math.inf)
-    flash = not getattr(config, "attn_logit_softcapping", None) and device.type == "cuda"
+    config = scorer.lm.config
+    flash = device.type == "cuda" and not getattr(config, "attn_logit_softcapping", None)
     batch = pack([rows[i] for i in micro or [0]], flash)
-    check(batch[0].max() < config.vocab_size, f"token id {batch[0].max()}: not in the vocabulary")
-    check(batch[1].max() < most, f"a row of {batch[1].max() + 1} tokens, but the model is made for {most}: prepare with --max-length")
+    largest, longest = batch[0].max(), batch[1].max() + 1
+    most = getattr(config, "max_position_embeddings", math.inf)
+    check(largest < config.vocab_size, f"token id {largest}: not in the vocabulary")
+    check(longest <= most, f"a row of {longest} tokens: prepare with --max-length {most} or less")
     out = scorer(*tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch))
     out = out.unflatten(0, (-1, len(rows[0][1]) if scorer.squares else 1)).mT.flatten()
     return out if micro else out[:0]
@@ -270,7 +272,8 @@ def make_optimizer(name, scorer, weight_decay=0.0):
 def learning_rate(step, steps, peak, warmup=0.1):
     """Linear warm-up over the first tenth of the steps, then a cosine to zero."""
     warm = max(1, round(warmup * steps))
-    return peak * ((step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    angle = math.pi * max(0, step - warm) / max(1, steps - warm)
+    return peak * min((step + 1) / warm, 0.5 + 0.5 * math.cos(angle))
 
 def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), logps=()):
     """Clip by global norm, step, clear. Returns the norm, and the signal that any rank got, or 0.
@@ -280,8 +283,7 @@ def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), logps=()):
     dist.all_reduce(both, dist.ReduceOp.MAX)
     norm, stop = both.tolist()
     if not math.isfinite(loss + norm):
-        raise ValueError(f"loss {loss}, gradient norm {norm} in step {step}, by the log-probs "
-                         f"{[*zip(ids, logps.tolist())]}")
+        raise ValueError(f"loss {loss}, gradient norm {norm} in step {step}: log-probs {[*zip(ids, logps.tolist())]}")
     optimizer.param_groups[0]["lr"] = lr
     for p, local in zip(optimizer.named.values(), optimizer.param_groups[0]["params"]):
         if p is not local:
@@ -297,7 +299,7 @@ def tensors(scorer, optimizer):
     for name, param in zip(optimizer.named, optimizer.param_groups[0]["params"]):
         for key, value in optimizer.state[param].items():
             if torch.is_tensor(value) and key != "step" and not key.startswith("qmap"):
-                rank = "" if isinstance(value, DTensor) else f"{dist.get_rank()}."
+                rank = "" if isinstance(value, dist.tensor.DTensor) else f"{dist.get_rank()}."
                 out[f"opt.{rank}{name}.{key}"] = value
     return out
 
@@ -305,12 +307,11 @@ def end_step(args, partial, bar, stop, scorer, optimizer, state, record):
     """Write a line of metrics.jsonl. Every --save-every steps, or for `stop`, a signal, which ends
     the run: write a checkpoint, whole or not at all, and keep two. state: what the loop carries."""
     step, folder = record["step"], partial / "checkpoints"
-    bar.set_postfix({k: f"{record[k]:.3g}" for k in ("loss", "accuracy") if k in record}, refresh=False)
+    bar.set_postfix({k: record[k] for k in ("loss", "accuracy") if k in record}, refresh=False)
     if dist.get_rank() == 0:
-        gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
-        record["memory_gib"] = (gpu or getrusage(RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+        peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
         with open(partial / "metrics.jsonl", "a" if step > 1 else "w") as file:
-            file.write(json.dumps(record) + "\n")
+            print(json.dumps(record | dict(memory_gib=peak / 2**30)), file=file)
     if not stop and (step == bar.total or not args.save_every or step % args.save_every):
         return
     try:
@@ -357,15 +358,14 @@ def load_checkpoint(partial, scorer, optimizer):
     return step, torch.load(folder / "state.pt", map_location="cpu")
 
 def save_model(scorer, tok, partial, args):
-    """PARTIAL -> OUT, an ordinary Hugging Face folder, whose generation config has every stop id.
-    For --save-dtype bfloat16 it prints the share of weight changes since --model that survive."""
+    """PARTIAL -> OUT, an ordinary Hugging Face folder whose generation config has every stop id."""
     lm, dtype = scorer.lm, getattr(torch, args.save_dtype)
     state = whole.get_model_state_dict(lm, options=whole.StateDictOptions(full_state_dict=True, cpu_offload=True))
     def write():
         if dtype == torch.bfloat16:
             old = type(lm).from_pretrained(args.model, dtype="auto").state_dict()
-            moved, kept = (sum((state[k].to(t) != old[k].to(t)).sum().item() for k in state) for t in (torch.float32, dtype))
-            print(f"bfloat16 keeps {kept / max(moved, 1):.1%} of the weight changes")
+            changed = lambda t: sum((state[k].to(t) != old[k].to(t)).sum().item() for k in state)
+            print(f"bf16 keeps {changed(dtype) / max(changed(torch.float32), 1):.1%} of changes")
         if generation := lm.generation_config:
             eos = generation.eos_token_id
             stops = {*(eos if isinstance(eos, list) else [eos]), tok.eos_token_id, end_of_turn(tok)[0]}
@@ -374,10 +374,8 @@ def save_model(scorer, tok, partial, args):
                 generation.do_sample = True  # without it transformers refuses to save them
         else:  # a reward model: transformers scores the last token that is not padding
             lm.config.pad_token_id = tok.pad_token_id
-        tied = lm.all_tied_weights_keys  # of two names one is written
-        lm.save_pretrained(partial, state_dict={k: v.to(dtype) for k, v in state.items() if k not in tied})
-        for file in partial.glob("*.safetensors"):  # which safetensors lets the owner alone read
-            shutil.copymode(partial / "config.json", file)
+        weights = {k: v.to(dtype) for k, v in state.items() if k not in lm.all_tied_weights_keys}
+        lm.save_pretrained(partial, state_dict=weights)  # of tied weights one
         lm.config.dtype = dtype
         lm.config.save_pretrained(partial)
         tok.save_pretrained(partial)
@@ -393,13 +391,13 @@ def load_rows(path):
     try:
         return load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a folder that prepare_data.py wrote, or damaged ({error})") from None
+        raise ValueError(f"{path}: not a folder of prepare_data.py, or damaged ({error})") from None
 
 def check_vocabulary(data, model):
-    """ValueError if the tokens of prepared data are not those of the model, or there is no model."""
-    size, near = load_config(model).vocab_size, [p / "tokenizer" for p in Path(data).parents[:2]]
-    files = [f for f in (p / "tokenizer.json" for p in (*near, Path(model))) if f.exists()]
-    vocab = [json.loads(f.read_text())["model"]["vocab"] for f in files]
+    """ValueError if there is no model, or the tokens of prepared data are not its own."""
+    size, folders = load_config(model).vocab_size, [p / "tokenizer" for p in Path(data).parents[:2]]
+    files = [folder / "tokenizer.json" for folder in (*folders, Path(model))]
+    vocab = [json.loads(f.read_text())["model"]["vocab"] for f in files if f.exists()]
     check(not vocab or vocab[0] == vocab[-1] and len(vocab[0]) <= size,
           f"{data} was prepared with another tokenizer than that of {model}")
 
@@ -407,18 +405,19 @@ def start(args, reward=False, files=(), **also):
     """Device, rows, tokenizer, scorer, optimizer and OUT.partial of a trainer; None if OUT is
     complete. Bad arguments fail here. files, also: what makes the result, besides args."""
     device, rows = setup(), load_rows(args.data)
+    positive = ("batch_size", "clip", "epochs", "lr", "replicas", "tokens_per_forward")
     for name, value in vars(args).items():
-        least = 1e-300 if name in "batch_size clip epochs lr replicas tokens_per_forward".split() else 0
-        check(not isinstance(value, (int, float)) or least <= value < math.inf,
-              f"--{name.replace('_', '-')} {value}: out of range")
+        sound = not isinstance(value, (int, float)) or 0 <= value < math.inf
+        check(sound and (value or name not in positive), f"--{name.replace('_', '-')} {value}: out of range")
     check(dist.get_world_size() % args.replicas == 0, "--replicas must divide the processes")
     check_vocabulary(args.data, args.model)
     tok = load_tokenizer(Path(args.data).parent / "tokenizer")
     if reward:  # padding must not be taken for the end of an answer
         ids = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
         tok.pad_token_id = next((i for i in ids if i not in (None, end_of_turn(tok)[0])), None)
-        check(tok.pad_token_id is not None, f"{args.data}: its tokenizer has no token to pad with, for a reward model")
-    also |= dict(processes=[dist.get_world_size(), args.replicas]) if args.optimizer == "adamw8bit" else {}
+        check(tok.pad_token_id is not None, f"{args.data}: its tokenizer has no token to pad with")
+    if args.optimizer == "adamw8bit":
+        also["processes"] = [dist.get_world_size(), args.replicas]
     make = begin(args.out, vars(args) | also, [args.data, args.model, *files])
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
@@ -428,7 +427,7 @@ def start(args, reward=False, files=(), **also):
     return device, rows, tok, scorer, optimizer, on_rank0(make)
 
 def main(args):
-    check(max(map(len, load_rows(args.data)["scores"])) == 1, f"{args.data}: has rows of several responses; SFT wants demonstrations")
+    check(max(map(len, load_rows(args.data)["scores"])) == 1, f"{args.data}: not demonstrations")
     if not (ready := start(args)):
         return
     device, data, tok, scorer, optimizer, partial = ready
@@ -439,7 +438,7 @@ def main(args):
     first, _ = load_checkpoint(partial, scorer, optimizer)
     bar = tqdm.trange(first, steps, total=steps, initial=first, desc="sft", disable=rank > 0)
     for step in bar:
-        began = time.perf_counter()
+        began = time.monotonic()
         batch = data[batch_indices(len(data), args.batch_size, args.seed, step)]
         rows = list(zip(batch["prompt"], batch["responses"]))
         tokens = sum(len(r) for _, rs in rows for r in rs)
@@ -451,21 +450,21 @@ def main(args):
         dist.all_reduce(logps)
         lr, loss = learning_rate(step, steps, args.lr), -logps.sum().item() / tokens
         norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, batch["id"], logps)
-        speed = sum(map(len, batch["prompt"]), tokens) / (time.perf_counter() - began)
-        end_step(args, partial, bar, stop, scorer, optimizer, None, dict(
-            step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens, tokens_per_s=speed))
+        record = dict(step=step + 1, loss=loss, lr=lr, grad_norm=norm, response_tokens=tokens)
+        record["tokens_per_s"] = sum(map(len, batch["prompt"]), tokens) / (time.monotonic() - began)
+        end_step(args, partial, bar, stop, scorer, optimizer, None, record)
     save_model(scorer, tok, partial, args)
 
-def trainer_arguments(add, lr, batch_size, epochs, what):
+def trainer_arguments(add, lr=2e-5, batch_size=128, epochs=1, what="demonstrations"):
     """The arguments that sft.py and align.py share."""
     add("--model", required=True, help="a Hugging Face folder or hub id to start from")
     add("--data", required=True, help="a folder that prepare_data.py wrote")
-    add("--out", required=True, type=os.path.normpath, help="the folder to write; OUT.partial until complete")
+    add("--out", required=True, type=os.path.normpath, help="to write; OUT.partial until complete")
     add("--epochs", type=float, default=epochs, help=f"passes over the data (default {epochs})")
     add("--lr", type=float, default=lr, help=f"peak learning rate (default {lr})")
     add("--batch-size", type=int, default=batch_size, help=f"{what} of one step ({batch_size})")
     add("--tokens-per-forward", type=int, default=8192, help="memory, not results (default 8192)")
-    add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="or bitsandbytes' 8-bit")
+    add("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="8-bit: bitsandbytes")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     add("--clip", type=float, default=1.0, help="largest global gradient norm (default 1)")
     add("--checkpoint-layers", type=int, default=0, metavar="K", help="layers that recompute (0)")
@@ -477,4 +476,4 @@ def trainer_arguments(add, lr, batch_size, epochs, what):
     add("--seed", type=int, default=0, help="of the data order")
 
 if __name__ == "__main__":
-    run(main, __doc__, functools.partial(trainer_arguments, lr=2e-5, batch_size=128, epochs=1, what="demonstrations"))
+    run(main, __doc__, trainer_arguments)

@@ -120,7 +120,7 @@ def test_a_config_that_scales_logits_is_refused(key, models, tmp_path):
     (transformers.MambaConfig(), "in attention alone"),
     (transformers.Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2), "in attention alone"),
     (transformers.Qwen3NextConfig(), "in attention alone"), (transformers.GPT2Config(), "not like Llama"),
-    (transformers.XGLMConfig(), "not like Llama"), (transformers.ModernBertDecoderConfig(), "and a head"),
+    (transformers.GPTJConfig(), "not like Llama"), (transformers.XGLMConfig(), "not like Llama"), (transformers.ModernBertDecoderConfig(), "and a head"),
     (transformers.T5Config(), "Unrecognized configuration class")])
 def test_a_model_whose_tokens_meet_elsewhere_than_in_attention_is_refused_before_its_weights_are_read(config, words, tmp_path):
     config.save_pretrained(tmp_path)  # there are none
@@ -135,7 +135,7 @@ def test_a_row_longer_than_the_model_is_made_for_is_refused(models, tmp_path):
     scorer = sft.load_model(str(tmp_path / "m"), CPU)
     rows = [([3] * 4, [[5] * 5, [6]]), ([3] * 4, [[5] * 6, [6]])]
     assert sft.score(scorer, rows, [0], CPU).isfinite().all()
-    with pytest.raises(ValueError, match="a row of 10 tokens, but the model is made for 9"):
+    with pytest.raises(ValueError, match="a row of 10 tokens: prepare with --max-length 9"):
         sft.score(scorer, rows, [0, 1], CPU)
 
 
@@ -243,7 +243,7 @@ def test_a_packed_batch_by_hand():
 
 @pytest.mark.parametrize("keywords, word", [
     (dict(s_aux=torch.ones(4)), "s_aux"), (dict(dropout=0.1), "dropout"), (dict(attention_mask=torch.ones(1, 1, 2, 2)), "mask"),
-    (dict(layout=None), "attention has no")])
+    (dict(layout=None), "does not pass `layout` on")])
 def test_attention_refuses_what_would_change_the_maths(keywords, word):
     *_, layout = sft.pack([([1], [[2]])], False)
     x = torch.ones(1, 2, 2, 4)
@@ -488,7 +488,6 @@ def test_the_saved_folder_is_an_ordinary_one(name, dtype, models, tokenizer, tmp
     assert embeddings == (name in ("qwen2", "gemma2"))
     size = sum(p.numel() * dtype.itemsize for p in lm.parameters())  # tied weights are written once
     assert size <= (tmp_path / "out/model.safetensors").stat().st_size <= size + 8192
-    assert len({f.stat().st_mode for f in (tmp_path / "out").glob("*.*")}) == 1  # who may read one file may read all
     if dtype == torch.float32:
         with torch.no_grad():
             again = torch.stack([reference_logp(lm, p, r) for p, rs in rows for r in rs])
