@@ -215,17 +215,21 @@ def pack(rows, flash):
     own: flat (M,) 0 1 2 3, 0 1 4. With flash T queries meet M keys in sequences that end at ends
     (2, R + 1), 0 4 5 and 0 4 7, longest 4 and 4. Else queries are copied too, sequences of similar
     length padded to blocks [(how many, length)], and back (T,) has a place in M of each token."""
-    tokens, answers, places = [], [], []
+    ids, positions, source, target, owner = lists = [], [], [], [], []
+    places = []
     for prompt, responses in rows:
-        prefix = range(len(tokens), len(tokens) + len(prompt))
-        tokens += zip(prompt, range(len(prompt)))
+        prefix = range(len(ids), len(ids) + len(prompt))
+        ids += prompt
+        positions += range(len(prompt))
         for response in responses:
-            seq = [*prefix, *range(len(tokens), len(tokens) + len(response))]
-            tokens += zip(response, range(len(prompt), len(seq)))
-            answers += zip(seq[len(prompt) - 1 : -1], response, [len(places)] * len(response))
+            seq = [*prefix, *range(len(ids), len(ids) + len(response))]
+            ids += response
+            positions += range(len(prompt), len(seq))
+            source += seq[len(prompt) - 1 : -1]
+            target += response
+            owner += [len(places)] * len(response)
             places.append(seq)
-    ids, positions = map(torch.tensor, zip(*tokens))
-    source, target, owner = map(torch.tensor, zip(*answers))
+    ids, positions, source, target, owner = map(torch.tensor, lists)
     last, lengths = torch.tensor([(seq[-1], len(seq)) for seq in places]).T
     ends = F.pad(torch.stack([last + 1, lengths.cumsum(0)]), (1, 0)).int()
     flat, blocks, back = [], [], torch.empty_like(ids)
