@@ -214,7 +214,7 @@ def measure(data, scores, base=None):
 def training_log(path):
     """The lines of metrics.jsonl of a model that align.py trained; [] for others."""
     log = Path(path) / "metrics.jsonl"
-    lines = map(json.loads, log.open()) if log.exists() else []
+    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else []
     return [line for line in lines if "grad_well" in line]
 
 def audit(lines):
@@ -312,12 +312,13 @@ def write_tables(folder, tables, logs):
             panels[key].plot([x["step"] for x in lines], [x[key] for x in lines], label=name)
     for (title, name, key), cell in tables.items():
         if title.startswith("Samples") and key == "kl" and (title, name, "reward") in tables:
-            panels["true reward"].plot(cell[0], tables[title, name, "reward"][0], "o", label=name)
+            point = cell[0], tables[title, name, "reward"][0]
+            panels["true reward"].plot(*point, "o")
+            panels["true reward"].annotate(name, point, fontsize="small")
     for key, ax in panels.items():
         x = "KL to the reference, nats a response" if key == "true reward" else "step"
         ax.set(xlabel=x, ylabel=key, visible=bool(ax.lines))
-        if ax.lines and key in ("accuracy", "true reward"):
-            ax.legend(fontsize="small").set_in_layout(False)
+    panels["accuracy"].legend(handles=figure.axes[0].lines, fontsize="small").set_in_layout(False)
     figure.savefig(folder / "figures.png")
 
 # ------------------------------------------------------------------------------------------ main
@@ -345,9 +346,9 @@ def tabulate(folders, out, logs):
     def read(folder):
         results = json.loads((Path(folder) / "results.json").read_text())
         return results["ref"], tables_of(results)
-    refs, runs = zip(*[on_rank0(read, f, what=f"{f}/results.json: not of this evaluate.py: ") for f in folders])
-    bases = dict.fromkeys([*refs, "dpo", "simpo", "simpo@gamma=0"])
-    on_rank0(write_tables, Path(out), merge(runs, bases), logs)
+    what = "{}/results.json: not of this evaluate.py: "
+    refs, runs = zip(*[on_rank0(read, folder, what=what.format(folder)) for folder in folders])
+    on_rank0(write_tables, Path(out), merge(runs, [*refs, "dpo", "simpo", "simpo@gamma=0"]), logs)
 
 def main(args):
     device = setup()
@@ -368,10 +369,10 @@ def main(args):
     if make is None:
         print0(f"{args.out} is complete")
         return tabulate([args.out], args.out, logs)
-    ref, n = [*models][0] if args.ref else None, args.generate
+    ref = [*models][0] if args.ref else None
     kinds = ["average", "sum", "implicit"][: 3 if ref else 2]
-    rows = [dict(zip(d, row)) for d in sets.values() for row in [*zip(*d.values())][:n]]
-    prompts, files, base, logps, rewards = [row["prompt"] for row in rows], {}, {}, {}, {}
+    rows = [dict(zip(d, x)) for d in sets.values() for x in [*zip(*d.values())][: args.generate]]
+    prompts, files, logps, rewards = [row["prompt"] for row in rows], {}, {}, {}
     samples = {m: generate(p, prompts, args, device, f"{m}: samples") for m, p in models.items() if rows}
     for m in models if args.prompts else ():
         files[f"answers-{m}.json"] = answer(models[m], m, args, device)
@@ -388,17 +389,16 @@ def main(args):
             sums = score_set(scorer, data, budget, device, f"{m}: {s}")
             average = [[x / n for x, n in zip(*row)] for row in zip(sums, data["tokens"])]
             scores = dict(average=average, sum=sums)
-            if s in base:  # the scores of the reference, which is first
-                scores["implicit"] = [[x - y for x, y in zip(*row)] for row in zip(sums, base[s]["sum"])]
+            old = files.get(f"scores/{ref}/{s}.json") if ref else None  # --ref is scored first
+            if old:
+                scores["implicit"] = [[x - y for x, y in zip(a, b["sum"])] for a, b in zip(sums, old)]
             files[f"scores/{m}/{s}.json"] = export(data, scores)
             for kind, x in scores.items():
-                then = base[s][kind] if s in base and kind == "average" else None
-                results["models"][m][kind][s] = measure(data, x, then)
-            if m == ref:
-                base[s] = scores
+                base = [row[kind] for row in old] if old and kind == "average" else None
+                results["models"][m][kind][s] = measure(data, x, base)
         for x in (x for x in samples if m in (x, ref)):
-            own = dict(prompt=prompts, responses=[[ids] for ids, _ in samples[x]])
-            logps[m, x] = score_set(scorer, own, budget, device, f"{m}: samples of {x}")
+            drawn = dict(prompt=prompts, responses=[[ids] for ids, _ in samples[x]])
+            logps[m, x] = score_set(scorer, drawn, budget, device, f"{m}: samples of {x}")
         del scorer
         if samples:
             results["generation"][m], rewards[m], files[f"samples-{m}.json"] = judge_samples(
@@ -408,7 +408,7 @@ def main(args):
         results["args"] = json.loads((out / "args.json").read_text())
         for file, content in (files | {"results.json": results}).items():
             (out / file).parent.mkdir(parents=True, exist_ok=True)
-            (out / file).write_text(json.dumps(content, indent=None if "scores" in file else 1))
+            (out / file).write_text(json.dumps(content, indent=None if "/" in file else 1))
         shutil.rmtree(args.out, ignore_errors=True)
         os.replace(out, args.out)
     tabulate([args.out], args.out, logs)
@@ -416,7 +416,7 @@ def main(args):
 def arguments(add):
     add("models", nargs="*", type=os.path.normpath, metavar="MODEL", help="folders or hub ids")
     add("--data", help="a folder of sets (DIR/eval of prepare_data.py), or one set")
-    add("--ref", type=os.path.normpath, help="the SFT model, for implicit rewards and gains; scored too")
+    add("--ref", type=os.path.normpath, help="the SFT model; for implicit rewards and gains")
     add("--out", required=True, type=os.path.normpath, help="folder to write; whole or not at all")
     add("--tokens-per-forward", type=int, default=16384, help="memory, not results (16384)")
     add("--generate", type=int, default=0, metavar="N", help="prompts of each set to answer (0)")
