@@ -501,7 +501,8 @@ def test_figures_where_matplotlib_is_installed(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not a requirement")
     line = {f"{a}_{b}": 0.3 for a in ("pairs", "grad") for b in ("misranked", "barely", "well")}
     logs = dict(dpo=[line | dict(step=k, accuracy=0.5, margin=k, logp_chosen=-k, logp_rejected=-k) for k in range(9)])
-    tables = {"last third": dict(dpo={k.replace("_", " "): [30.0] for k in line}), "Samples": dict(dpo=dict(kl=[1.0], reward=[0.5]))}
+    tables = {("last third", "dpo", k.replace("_", " ")): [30.0] for k in line}
+    tables |= {("Samples", "dpo", "kl"): [1.0], ("Samples", "dpo", "reward"): [0.5]}
     E.write_tables(tmp_path, tables, logs)
     assert (tmp_path / "figures.png").read_bytes()[:4] == b"\x89PNG"
 
