@@ -24,7 +24,7 @@ import math
 import os
 import re
 import time
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,9 +72,8 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
 
     mu, std: mean and unbiased deviation of r over the batch. Pairs above the mean are left alone;
     those below are pushed, the harder the further below. The margin has no gradient.
-    group: statistics over this many consecutive pairs, 0: the whole global batch. The official
-      trainer takes one gathered micro-batch (8 pairs or 4, of a batch of 128), so that its loss
-      changes with the number of GPUs.
+    group: statistics over this many consecutive pairs, 0: the whole global batch. Official: one
+      gathered micro-batch (8 or 4 of 128 pairs), so that the loss changes with the number of GPUs.
     form: "paper" is the paper's own formula, gamma = z * mean(beta * r), margin = beta * exp(gamma)
       where gamma > 0. The exponent is beta times that of the code; and where the batch mean is
       negative (most pairs misranked) it is the pairs ABOVE the mean that get the margin, while in
@@ -366,8 +365,7 @@ def configure(name, settings):
     for setting in settings:
         key, _, value = setting.partition("=")
         check(key in hp, f"--hp {setting}: {name} has no {key}: {signature}")
-        kind = type(hp[key])
-        kind = float if kind is int and not value.lstrip("+-").isdigit() else kind
+        kind = float if type(hp[key]) is int and not value.lstrip("+-").isdigit() else type(hp[key])
         try:
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
@@ -375,13 +373,12 @@ def configure(name, settings):
     lengths = torch.tensor([[2, 3], [3, 2], [2, 2], [2, 2], [3, 2]]).double()  # w, l, heads, kl
     average = torch.tensor([[-1, -3], [-2, -2.5], [-1, -4], [-3, -2], [-1.5, -2.5]])
     leaf, ref, gap = (average * lengths).requires_grad_(), torch.zeros_like(lengths), torch.ones(2)
-    both, first, second = (
-        apply_loss(function, hp, 0.0, lengths, ref, gap, {}, leaf[:, here], here)[0]
-        for here in ([0, 1], [0], [1]))
-    alone = torch.cat([first, second])
-    check(torch.cat([both, alone]).isfinite().all(),
+    both, *alone = (apply_loss(function, hp, 0.0, lengths, ref, gap, {}, leaf[:, here], here)[0]
+                    for here in ([0, 1], [0], [1]))
+    check(torch.cat([both, *alone]).isfinite().all(),
           f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
-    check(function.batch or both.allclose(alone), f"{name} looks across pairs: @loss(batch=True)")
+    check(function.batch or both.allclose(torch.cat(alone)),
+          f"{name} looks across pairs: @loss(batch=True)")
     check(torch.autograd.grad(both.sum(), leaf)[0].any(),
           f"{name} {hp} has no gradient: all of it detached?")
     return function, hp
@@ -393,15 +390,13 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     n, ref = lengths[:, here], ref[:, here]
     two, head, last = slice(2), slice(2, 4) if len(n) > 3 else slice(2), len(n) - 1
     of = lambda x, rows: Logps(*x[rows], *n[rows])
-    supply = dict(
-        pi=of(leaf, two), pi_head=of(leaf, head), pi_square=of(leaf[-len(n) :].detach(), two),
-        ref=of(ref, two), ref_head=of(ref, head), kl=(leaf[last] - ref[last]).detach(),
-        gap=gap[here], state=state)
+    supply = dict(pi=of(leaf, two), pi_head=of(leaf, head), kl=(leaf[last] - ref[last]).detach(),
+                  ref=of(ref, two), ref_head=of(ref, head), gap=gap[here], state=state,
+                  pi_square=of(leaf[-len(n) :].detach(), two))
     try:
         out = function(*(supply[k] for k in function.wants), **hp)
     except ValueError as error:
-        line = error.__traceback__.tb_next.tb_lineno
-        raise ValueError(f"{function.__name__}, line {line}: {error}") from None
+        raise ValueError(f"{function.__name__}, line {error.__traceback__.tb_next.tb_lineno}: {error}") from None
     with_state = isinstance(out, tuple) and len(out) == 2
     losses, state = out if with_state else (out, {})
     check(with_state == ("state" in function.wants) and isinstance(state, dict)
@@ -434,25 +429,21 @@ def draw_pairs(scores, how, min_gap):
     return pairs
 
 def fetch(data, pairs, index, supply):
-    """The pairs at `index` as rows of the scorer, [(prompt, K responses)]; their ids; gaps (G,).
+    """The pairs at `index` as rows of the scorer, [(prompt, K responses)], and the rows' ids.
     K = 2, chosen and rejected. Where a loss wants more, it is more responses to the same prompt:
-    for heads both, cut to the shorter one's length, for kl, last, the next row's chosen one."""
-    def mate(i):  # the next pair of another row
-        others = chain(range(i + 1, len(pairs)), range(i))
-        return next((j for j in others if pairs[j][0] != pairs[i][0]), i)
-    mates = [mate(i) for i in index] if "kl" in supply else []
-    batch = data[[pairs[i][0] for i in [*index, *mates]]]
-    prompts, responses, rows = batch["prompt"], batch["responses"], []
+    for heads both, cut to the shorter one's length; for kl, last, the best one of the next row."""
+    after = [(pairs[i][0] + 1) % len(data) for i in index] if "kl" in supply else []
+    batch, rows = data[[pairs[i][0] for i in index] + after], []
     for k, i in enumerate(index):
         _, w, l, _ = pairs[i]
-        several = [responses[k][w], responses[k][l]]
+        responses = [batch["responses"][k][w], batch["responses"][k][l]]
         if {"pi_head", "ref_head"} & {*supply}:
-            several += [r[: min(map(len, several))] for r in several]
-        if mates:
-            several.append(responses[len(index) + k][pairs[mates[k]][1]])
-        rows.append((prompts[k], several))
-    gaps = torch.tensor([pairs[i][3] for i in index], dtype=torch.float64)
-    return rows, batch["id"][: len(index)], gaps
+            responses += [r[: min(map(len, responses))] for r in responses]
+        if after:
+            scores = batch["scores"][len(index) + k]
+            responses.append(batch["responses"][len(index) + k][scores.index(max(scores))])
+        rows.append((batch["prompt"][k], responses))
+    return rows, batch["id"][: len(index)]
 
 def gather(outs, mine, shape, device):
     """Log-probs (K, G) in data order, the same on every rank. outs: this rank's, of the pairs at
@@ -467,7 +458,7 @@ def score_pairs(scorer, data, pairs, supply, args, device, desc, steps):
     scores = None
     for step in tqdm.trange(steps, desc=desc, unit="step", disable=dist.get_rank() > 0):
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
-        rows, _, _ = fetch(data, pairs, index, supply)
+        rows, _ = fetch(data, pairs, index, supply)
         micros = plan(rows, dist.get_world_size(), args.tokens_per_forward)[dist.get_rank()]
         with torch.no_grad():
             outs = [score(scorer, rows, micro, device) for micro in micros]
@@ -561,32 +552,30 @@ def main(args):
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]
         check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
         pairs = [(*pair[:3], margin) for pair, margin in zip(pairs, margins["margins"])]
-    files = [args.margins] if args.margins else []
-    ready = start(args, reward, files, hp=hp, code_of_the_loss=code_of(function))
+    ready = start(args, reward, [args.margins], hp=hp, code_of_the_loss=code_of(function))
     if not ready:
         return
     device, data, tok, scorer, optimizer, partial = ready
     epoch = math.ceil(len(pairs) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * epoch)
-    few = " (so few change little)" if steps < 20 else ""
     print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} "
-           f"a step = {steps} steps{few}, on {dist.get_world_size()} {device.type} process(es)")
+           f"a step = {steps} steps, on {dist.get_world_size()} {device.type} process(es)")
     reference = reference_scores(scorer, data, pairs, supply, args, device, min(steps, epoch))
     scorer.squares = "pi_square" in supply
     first, saved = load_checkpoint(partial, scorer, optimizer)
     state, origin = saved or ({}, None)  # of the loss; the first step's metrics
-    sft_weight, replay = 0.0 if reward else args.sft_weight, args.replay and function.batch
+    weight, replay = 0.0 if reward else args.sft_weight, args.replay and function.batch
     bar = tqdm.trange(first, steps, total=steps, initial=first, desc=args.loss,
                       unit="step", disable=dist.get_rank() > 0)
     for step in bar:
         began = time.perf_counter()
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
-        rows, ids, gap = fetch(data, pairs, index, supply)
+        rows, ids = fetch(data, pairs, index, supply)
         lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows], device=device).double().T
         lengths = torch.ones_like(lengths) if reward else lengths  # (K, G)
         ref = torch.zeros_like(lengths) if reference is None else reference[:, index]
-        losses_of = functools.partial(apply_loss, function, hp, sft_weight, lengths, ref,
-                                      gap.to(device), state)
+        gap = lengths.new_tensor([pairs[i][3] for i in index])  # (G,)
+        losses_of = functools.partial(apply_loss, function, hp, weight, lengths, ref, gap, state)
         losses, logps, grads, state = backward(scorer, rows, losses_of, function.batch, replay,
                                                args.tokens_per_forward, device)
         metrics = describe(losses, logps, grads, lengths)

@@ -364,8 +364,7 @@ def main(args):
     short = [Path(p).name for p in paths]
     models = {n if short.count(n) == 1 else p.replace("/", "_"): p for n, p in zip(short, paths)}
     logs = {m: log for m, path in models.items() if (log := training_log(path))}
-    inputs = [*filter(None, [args.data, args.prompts, *paths])]
-    make = begin(args.out, vars(args), inputs, rewritable="models")
+    make = begin(args.out, vars(args), [args.data, args.prompts, *paths], rewritable="models")
     if make is None:
         print0(f"{args.out} is complete")
         return tabulate([args.out], args.out, logs)
@@ -373,9 +372,9 @@ def main(args):
     kinds = ["average", "sum", "implicit"][: 3 if ref else 2]
     rows = [dict(zip(d, x)) for d in sets.values() for x in [*zip(*d.values())][: args.generate]]
     prompts, files, logps, rewards = [row["prompt"] for row in rows], {}, {}, {}
-    samples = {m: generate(p, prompts, args, device, f"{m}: samples") for m, p in models.items() if rows}
     for m in models if args.prompts else ():
         files[f"answers-{m}.json"] = answer(models[m], m, args, device)
+    samples = {m: generate(p, prompts, args, device, f"{m}: samples") for m, p in models.items() if rows}
     results = dict(
         args={}, ref=ref, models={m: {kind: {} for kind in kinds} for m in models}, generation={},
         kinds=kinds, absent={s: sections(data)[2] for s, data in sets.items()},

@@ -394,7 +394,7 @@ def begin(out, args, inputs, rewritable=None):
     """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. Its args.json says what makes the
     result. ValueError for an OUT of other arguments, unless it has the key `rewritable`, or an OUT.partial with checkpoints."""
     now = args | dict(out="", replicas=1, save_every=0, tokens_per_forward=0, replay=0, checkpoint_layers=0, compile=0)  # no difference
-    now = json.loads(json.dumps(now | dict(inputs={p: fingerprint(p) for p in inputs})))
+    now = json.loads(json.dumps(now | dict(inputs={p: fingerprint(p) for p in inputs if p})))
     def content(x):  # with what is in the inputs for their names: they may be moved
         files = x.get("inputs") or {"": ""}
         names = f'(?<=[",=])({"|".join(map(re.escape, files))})(?=[",])'

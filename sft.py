@@ -3,7 +3,8 @@ stages: load, shard (FSDP2), pack, score, optimiser, checkpoints, save.
 
     loss = - sum of log pi(y | x) over the responses of the global batch / their number of tokens
 
-    python sft.py --model toy/model --data toy/sft --out sft --lr 3e-3 --batch-size 64  # 1 minute
+    python sft.py --model runs/toy/data/model --data runs/toy/data/sft --out runs/sft \\
+        --lr 3e-3 --batch-size 64                              # toy world, 2 cores: 1 minute
 
 Reads a folder of prepare_data.py, and `tokenizer` beside it. Writes OUT, a Hugging Face folder with
 metrics.jsonl; OUT.partial until complete, and the same command resumes from its last checkpoint.
@@ -110,7 +111,6 @@ transformers.AttentionInterface.register("packed", attend)
 
 class Scorer(torch.nn.Module):
     """A causal LM whose forward returns log-probs of responses. The FSDP root: logits stay here."""
-
     def __init__(self, lm):
         super().__init__()
         self.lm, self.squares = lm, False
@@ -180,7 +180,7 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     for name, buffer in lm.named_buffers():  # rotary frequencies: not in any state dict
         buffer.copy_(on_rank0(lambda: full.get_buffer(name)))
     lm.generation_config = getattr(full, "generation_config", None)  # none: a reward model
-    getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # till 5.19
+    getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # of 5.20
     for k, layer in enumerate(lm.base_model.layers):
         layer.training = k < checkpointed  # recompute; dropout inside stays off
         if compiled:
@@ -215,28 +215,25 @@ def pack(rows, flash):
     own: flat (M,) 0 1 2 3, 0 1 4. With flash T queries meet M keys in sequences that end at ends
     (2, R + 1), 0 4 5 and 0 4 7, longest 4 and 4. Else queries are copied too, sequences of similar
     length padded to blocks [(how many, length)], and back (T,) has a place in M of each token."""
-    ids, positions, source, target, owner = lists = [], [], [], [], []
-    places = []
+    ids, source, target, owner, places = [], [], [], [], []
     for prompt, responses in rows:
         prefix = range(len(ids), len(ids) + len(prompt))
         ids += prompt
-        positions += range(len(prompt))
         for response in responses:
-            seq = [*prefix, *range(len(ids), len(ids) + len(response))]
-            ids += response
-            positions += range(len(prompt), len(seq))
-            source += seq[len(prompt) - 1 : -1]
+            places.append([*prefix, *range(len(ids), len(ids) + len(response))])
+            source += places[-1][len(prompt) - 1 : -1]
             target += response
-            owner += [len(places)] * len(response)
-            places.append(seq)
-    ids, positions, source, target, owner = map(torch.tensor, lists)
+            owner += [len(places) - 1] * len(response)
+            ids += response
+    ids, source, target, owner = map(torch.tensor, (ids, source, target, owner))
     last, lengths = torch.tensor([(seq[-1], len(seq)) for seq in places]).T
     ends = F.pad(torch.stack([last + 1, lengths.cumsum(0)]), (1, 0)).int()
-    flat, blocks, back = [], [], torch.empty_like(ids)
+    flat, blocks, positions, back = [], [], torch.empty_like(ids), torch.empty_like(ids)
     for seq in places if flash else sorted(places, key=len, reverse=True):
         if flash or not blocks or len(seq) < 0.8 * blocks[-1][1]:
             blocks.append([0, len(seq)])
         blocks[-1][0] += 1
+        positions[seq] = torch.arange(len(seq))
         back[seq] = torch.arange(len(flat), len(flat) + len(seq))
         flat += seq + [0] * (blocks[-1][1] - len(seq))
     return ids, positions, source, target, owner, last, dict(blocks=blocks, back=back, ends=ends,

@@ -144,9 +144,9 @@ def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", l
     for step in range(steps):
         begin = clock()
         index = batch_indices(len(pairs), batch, 0, step)
-        rows, ids, gap = align.fetch(data, pairs, index, [])
+        rows, ids = align.fetch(data, pairs, index, [])
         lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows], dtype=torch.float64, device=device).T
-        of = functools.partial(align.apply_loss, function, hp, 0.0, lengths, torch.zeros_like(lengths) if ref is None else ref[:, index], gap.to(device), state)
+        of = functools.partial(align.apply_loss, function, hp, 0.0, lengths, torch.zeros_like(lengths) if ref is None else ref[:, index], torch.ones(len(rows), device=device), state)
         losses, logps, grads, state = align.backward(scorer, rows, of, function.batch, replay, tokens, device)
         mean = align.describe(losses, logps, grads, lengths)["loss"]
         norm, _ = sft.update(scorer, optimizer, lr, 1.0, mean, step + 1, ids, logps.T)

@@ -639,7 +639,7 @@ def test_a_loss_may_want_heads_and_mismatched_pairs_at_once(data):
 
     rows = load_rows(data / "train")
     pairs = A.draw_pairs(rows["scores"], "all", 0.0)
-    batch, _, _ = A.fetch(rows, pairs, [3, 18], ["pi", "ref", "pi_head", "ref_head", "kl"])
+    batch, _ = A.fetch(rows, pairs, [3, 18], ["pi", "ref", "pi_head", "ref_head", "kl"])
     stored = stored_pairs(data)
     for (prompt, responses), here, after in zip(batch, (3, 18), (4, 0)):
         p, w, l = stored[here]
