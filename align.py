@@ -379,8 +379,7 @@ def configure(name, settings):
           f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
     check(function.batch or both.allclose(torch.cat(alone)),
           f"{name} looks across pairs: @loss(batch=True)")
-    check(torch.autograd.grad(both.sum(), leaf)[0].any(),
-          f"{name} {hp} has no gradient: all of it detached?")
+    check(torch.autograd.grad(both.sum(), leaf)[0].any(), f"{name} {hp} has no gradient: detached?")
     return function, hp
 
 def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
