@@ -11,8 +11,7 @@
 #   EVAL_DATA  NAME=SOURCE ..., preferences to evaluate on
 #   LOSSES     which losses: "dpo simpo amapo". LOSS@K=V,K=V changes hyper-parameters, or lr,
 #              batch-size, epochs, pairs, min-gap, sft-weight; it becomes the folder's name
-#   SEED       of the data order and the toy world: 0.  SEEDS: several, each in OUT/seed-K, and a
-#              table over them at the end; of experiments "0 1 2"
+#   SEED       of the data order and the toy world: 0.  SEEDS: several, and a table over them
 #   OUT        where everything goes: runs/$SETTING
 #   MAX_LENGTH tokens of prompt and response; longer pairs are dropped
 #   PREPARE_ARGS, SFT_ARGS, ALIGN_ARGS, EVAL_ARGS   more arguments of the stages, e.g. "--save-every 50"
