@@ -60,8 +60,7 @@ def substitute(rng, y, x):
     return [*y[:i], (y[i] + rng.randrange(1, 10)) % 10, *y[i + 1 :]]
 
 WRITERS = {  # name: (how often right, else (rng, right answer, given list) -> wrong answer)
-    "expert": (0.95, substitute),
-    "good": (0.75, substitute),
+    "expert": (0.95, substitute), "good": (0.75, substitute),
     "sloppy": (0.40, lambda rng, y, x: substitute(rng, substitute(rng, y, x), x)),
     "lazy": (0.40, lambda rng, y, x: y[: max(1, len(y) - rng.choice([1, 2]))]),
     "mixer": (0.40, lambda rng, y, x: y[:-2] + y[-2:][::-1]),
@@ -75,12 +74,9 @@ STYLES = (  # concise, detailed, markdown: (nats by which the labeller favours i
 SEEN, UNSEEN, KNOWN, NEW = [*TASKS][:8], [*TASKS][8:], [*WRITERS][:5], [*WRITERS][5:]
 SPLITS = {  # name: rows, tasks, writers, responses of a row, part (0, 1, 2 never share a prompt)
     "sft": (16_000, [*TASKS], [*WRITERS], 1, 0),
-    "prefs": (4_096, SEEN, KNOWN, 2, 1),
-    "ID": (1_000, SEEN, KNOWN, 2, 2),
-    "Prompt-OOD": (500, UNSEEN, KNOWN, 4, 2),
-    "Response-OOD": (500, SEEN, NEW, 4, 2),
-    "Mutual-OOD": (500, UNSEEN, NEW, 4, 2),
-    "RM-Bench": (400, [*TASKS], [*WRITERS], 6, 2)}
+    "prefs": (4_096, SEEN, KNOWN, 2, 1), "ID": (1_000, SEEN, KNOWN, 2, 2),
+    "Prompt-OOD": (500, UNSEEN, KNOWN, 4, 2), "Response-OOD": (500, SEEN, NEW, 4, 2),
+    "Mutual-OOD": (500, UNSEEN, NEW, 4, 2), "RM-Bench": (400, [*TASKS], [*WRITERS], 6, 2)}
 
 def true_reward(meta, text):
     """In [0, 2]: the share of items in the right place, plus 1 if all is right. meta: of a row."""
@@ -155,7 +151,7 @@ FILES = r"(?!dataset_(dict|infos?)\.json).*\.(jsonl?(\.gz)?|parquet)"
 
 def read_source(source, seed=0):
     """[(source, number, raw row)]. A row without a `domain` gets the file's stem as its own."""
-    from datasets import load_dataset, load_from_disk
+    from datasets import Dataset, exceptions, load_dataset, load_from_disk
     path, parts = Path(source), [part for part in source.split(",") if part]
     if path.is_dir() and not (path / "state.json").exists():
         parts = sorted(str(f) for f in path.iterdir() if f.is_dir() or re.fullmatch(FILES, f.name))
@@ -166,7 +162,14 @@ def read_source(source, seed=0):
     if source.startswith("toy:"):
         return [(source, k, row) for k, row in enumerate(toy_rows(source[4:], seed), 1)]
     if path.is_file():
-        rows = read_file(path)
+        parquet, unpack = path.suffix == ".parquet", gzip.decompress if path.suffix == ".gz" else bytes
+        try:
+            text = "[]" if parquet else unpack(path.read_bytes()).decode("utf-8-sig")
+            lines = ",\n".join(filter(str.strip, text.split("\n")))  # as one list, errors tell the line
+            rows = json.loads(text if text.lstrip().startswith("[") else f"[{lines}]")
+            rows = Dataset.from_parquet(source) if parquet else rows
+        except (ValueError, OSError, EOFError, RecursionError, zlib.error, exceptions.DatasetsError) as error:
+            raise ValueError(f"{source}: empty, or not JSON, JSON lines, .gz of these or parquet ({error})") from None
     elif path.is_dir():
         rows = [json.loads(row["meta"]) if {"meta", "style"} <= {*row} else row for row in load_from_disk(source)]
         path = path.parent if (path.parent / "dataset_dict.json").exists() else path
@@ -179,29 +182,16 @@ def read_source(source, seed=0):
     own = lambda row: row | dict(domain=row.get("domain") or path.name.split(".")[0])
     return [(source, k, own(row) if isinstance(row, dict) else row) for k, row in enumerate(rows, 1)]
 
-def read_file(path):
-    from datasets import Dataset, exceptions
-    try:
-        if path.suffix == ".parquet":
-            return Dataset.from_parquet(str(path))
-        unpack = gzip.decompress if path.suffix == ".gz" else bytes
-        text = unpack(path.read_bytes()).decode("utf-8-sig")
-        lines = ",\n".join(filter(str.strip, text.split("\n")))  # as one list, errors tell the line
-        return json.loads(text if text.lstrip().startswith("[") else f"[{lines}]")
-    except (ValueError, OSError, EOFError, RecursionError, zlib.error, exceptions.DatasetsError) as error:
-        raise ValueError(f"{path}: empty, or not JSON, JSON lines, .gz of these or parquet ({error})") from None
-
 class Dropped(Exception): """Why a row or a response is left out; counted in the report."""
 
-ROLES = dict(system="system", user="user", assistant="assistant", tool="tool",
-             human="user", gpt="assistant", Human="user", Assistant="assistant")
+ROLES = dict(system="system", user="user", assistant="assistant", tool="tool", human="user", gpt="assistant")
 
 def messages(x, role="user"):
     """A text, hh-rlhf's turns in one text, or {role, content} or {from, value}, one or a list."""
     if isinstance(x, str) and x.startswith("\n\nHuman:"):
         x = x if role == "assistant" else x.rstrip().removesuffix("\n\nAssistant:")
         parts = re.split(r"\n\n(Human|Assistant):", x)
-        x = [dict(role=who, content=said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
+        x = [dict(role=who.lower(), content=said.strip()) for who, said in zip(parts[1::2], parts[2::2])]
     turns = x if isinstance(x, list) else [x if isinstance(x, dict) else dict(role=role, content=x)]
     who = [turn.get("role") or turn["from"] for turn in turns]
     said = [turn.get("value") if turn.get("content") is None else turn["content"] for turn in turns]
@@ -218,8 +208,7 @@ PREFS = {  # name: (keys that tell it, row -> answers and scores)
     "princeton-nlp": ("prompt chosen:list rejected:list all_rm_scores", pair),
     "RewardBench": ("prompt chosen:str rejected:str subset", pair),
     "TRL standard": ("prompt chosen:str rejected:str", pair),
-    "TRL conversational": ("chosen:list rejected:list", pair),
-    "hh-rlhf": ("chosen:str rejected:str", pair),
+    "TRL conversational": ("chosen:list rejected:list", pair), "hh-rlhf": ("chosen:str rejected:str", pair),
     "RM-Bench": ("prompt chosen:3 rejected:3", lambda r: (r["chosen"] + r["rejected"], [1, 1, 1, 0, 0, 0])),
     "scored list": ("prompt responses scores", lambda r: (r["responses"], r["scores"])),
     "scored list, rewards": ("prompt responses rewards", lambda r: (r["responses"], r["rewards"])),
@@ -236,8 +225,11 @@ SFT = {  # name: (keys that tell it, row -> what follows the prompt, in a list, 
     "Alpaca": ("prompt output", lambda r: ([r["output"]], [1]))}
 SHAPES = dict(prefs=PREFS, sft=SFT, excluded=PREFS | SFT | {"prompts": ("prompt", lambda r: ([""], [1]))})
 
-def shape_of(row, keys, kind):
-    """(name, reader) of the first shape that fits a row; `keys`: all that it came with, null ones too."""
+def parse(row, kind):
+    """A row -> (its shape, [(prompt messages, answers, scores)]); one for each assistant turn of a demonstration."""
+    keys, row = [key for key in row if key != "domain"], {key: x for key, x in row.items() if x not in (None, [])}
+    asked = row.get("conversations") or "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
+    row = dict(prompt=asked) | row if asked else row
     sort = lambda x: "str" if not isinstance(x, list) else "list" if isinstance(x[0], dict) else len(x)
     has = {*row} | {f"{key}:{sort(x)}" for key, x in row.items()}
     fits = {name: read for name, (words, read) in SHAPES[kind].items() if {*words.split()} <= has}
@@ -247,16 +239,8 @@ def shape_of(row, keys, kind):
     known = "; ".join(words for words, _ in SHAPES[kind].values())
     check(fits, f"has the keys {keys}, no known shape of --{kind}; rename them to those of one: {known}")
     check(kind == "excluded" or len({*fits.values()}) == 1, f"{' or '.join(fits)}: ambiguous, remove all but one")
-    return next(iter(fits.items()))
-
-def parse(row, kind):
-    """A row -> (its shape, [(prompt messages, answers, scores)]); one for each assistant turn of a demonstration."""
-    keys = [key for key in row if key != "domain"]
-    row = {key: value for key, value in row.items() if value not in (None, [])}
-    asked = row.get("conversations") or "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
-    row = dict(prompt=asked) | row if asked else row
-    shape, read = shape_of(row, keys, kind)
-    answers, scores = read(row)
+    shape = [*fits][0]  # the first is the most special
+    answers, scores = fits[shape](row)
     talks, scores = [messages(x, "assistant") for x in answers], [float(x) for x in scores]
     finite = len(talks) == len(scores) and all(map(math.isfinite, scores))
     check(isinstance(answers, list) and finite, "has not a list of answers and a finite score for each")
@@ -326,7 +310,7 @@ def encode_response(tok, turns, answer, prompt):
     text = render(tok, [*turns, dict(role="assistant", content=answer)]).removesuffix(tail)
     ids = tok(text + tok.convert_ids_to_tokens(end), add_special_tokens=False).input_ids
     check(ids[: len(prompt)] == prompt, "prompt is no prefix: tokens merge, or the template changes it", Dropped)
-    check(not {end, tok.bos_token_id, tok.eos_token_id} & {*ids[len(prompt) : -1]}, "special token in it", Dropped)
+    check(not {end, tok.bos_token_id, tok.eos_token_id} & {*ids[len(prompt) : -1]}, "special token inside", Dropped)
     return ids[len(prompt) :]
 
 def encode_row(row, tok, max_length):
@@ -393,12 +377,12 @@ def build(source, tok, args, kind, excluded=()):
     from datasets import Dataset, Features, List, Value
     text, ids, what = Value("string"), List(Value("int32")), "sft" if kind == "sft" else "prefs"
     parsed, report = parse_source(source, args.seed, what, () if kind == "eval" else excluded)
+    encode = encode_officially if args.official_quirks and kind == "eval" else encode_row
+    features = Features(id=text, prompt=ids, responses=List(ids), scores=List(Value("float64")),
+                        domain=text, style=ids, meta=text, dropped=List(text))
     rows = Dataset.from_list(parsed).map(
-        encode_officially if args.official_quirks and kind == "eval" else encode_row,
-        fn_kwargs=dict(tok=tok, max_length=args.max_length), desc=f"tokenise {source}",
-        num_proc=min(32, os.cpu_count()) if len(parsed) > 300 else None, features=Features(
-            id=text, prompt=ids, responses=List(ids), scores=List(Value("float64")), domain=text, style=ids, meta=text,
-            dropped=List(text)))
+        encode, fn_kwargs=dict(tok=tok, max_length=args.max_length), features=features,
+        desc=f"tokenise {source}", num_proc=min(32, os.cpu_count()) if len(parsed) > 300 else None)
     for reasons, responses in zip(rows["dropped"], rows["responses"]):
         report["dropped"].update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
     report["dropped"] = dict(report["dropped"])
