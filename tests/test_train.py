@@ -614,7 +614,7 @@ def test_what_costs_memory_alone_may_change_and_what_margins_say_may_not(tmp_pat
     with pytest.raises(ValueError, match="lr: 1.0 -> 2.0"):
         begin(args["out"], args | dict(lr=2.0), [str(margins)])
     margins.write_text("[2]")
-    with pytest.raises(ValueError, match="inputs: "):
+    with pytest.raises(ValueError, match="input 1, m.json: "):
         begin(args["out"], args, [str(margins)])
 
 
