@@ -355,8 +355,7 @@ def main(args):
     if args.summary:
         return tabulate(args.summary, args.out, {})
     check(args.models and args.data, "wanted MODEL ... and --data, or --summary")
-    check(min(args.generate, args.temperature, args.max_new_tokens - 1) >= 0,
-          "wanted numbers from 0, --max-new-tokens from 1")
+    check(min(args.generate, args.temperature, args.max_new_tokens - 1) >= 0, "wanted numbers from 0 (new tokens: 1)")
     sets = find_sets(Path(args.data))
     paths = [*dict.fromkeys(filter(None, [args.ref, *args.models]))]
     for path in paths:

@@ -5,8 +5,7 @@ Every data set becomes a `datasets` folder of rows, a prompt with n scored respo
     id: str   prompt: list[int]   responses: list[list[int]]   scores: list[float]
     domain: str   style: list[int]   meta: str (the source row as JSON)
 
-n: 1 for demonstrations, 2 for pairs, 6 for RM-Bench. A prompt ends with the generation prompt, a
-response with its one end token. Writes sft, train, eval/NAME, tokenizer, report.json (toy: model).
+n: demonstrations 1, pairs 2, RM-Bench 6. A prompt ends with the generation prompt, a response with its one end token.
 
     python prepare_data.py --model toy --out runs/data       # the toy world with all its sets: 40 s
     python prepare_data.py --model DIR --sft a.jsonl --prefs b.jsonl --eval ID=c.jsonl --out D
@@ -30,7 +29,6 @@ import tempfile
 import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import jinja2
@@ -68,8 +66,7 @@ WRITERS = {  # name: (how often right, else (rng, right answer, given list) -> w
     "stutterer": (0.40, lambda rng, y, x: rng.choice([y[: i + 1] + y[i:] for i in range(len(y))])),
     "off_by_one": (0.40, lambda rng, y, x: [(d + 1) % 10 for d in y])}
 STYLES = (  # concise, detailed, markdown: (nats by which the labeller favours it, text)
-    (0.0, "It is {answer}"),
-    (0.4, "You gave me the list {given}. {request}, you said. Here is the result: {answer}"),
+    (0.0, "It is {answer}"), (0.4, "You gave me the list {given}. {request}, you said. Here is the result: {answer}"),
     (0.8, "**Result:**\n- {items}"))
 SEEN, UNSEEN, KNOWN, NEW = [*TASKS][:8], [*TASKS][8:], [*WRITERS][:5], [*WRITERS][5:]
 SPLITS = {  # name: rows, tasks, writers, responses of a row, part (0, 1, 2 never share a prompt)
@@ -104,15 +101,13 @@ def toy_rows(name, seed):
 
 def toy_row(rng, task, x, writers, n, part):
     """A row, or None if it compares nothing. Labels: Bradley-Terry; of part 2, by true reward."""
-    domain, request, solve = TASKS[task]
+    domain, ask, solve = TASKS[task]
     truth, join = solve(x), lambda y, by=" ": by.join(map(str, y))
-    row = dict(prompt=f"{request}: {join(x)}", task=task, answer=truth)
-    words = lambda y: dict(request=request, given=join(x), answer=join(y), items=join(y, "\n- "))
-    write = lambda y: [text.format(**words(y)) for _, text in STYLES]
+    row = dict(prompt=f"{ask}: {join(x)}", task=task, answer=truth)
+    write = lambda y: [t.format(request=ask, given=join(x), answer=join(y), items=join(y, "\n- ")) for _, t in STYLES]
     if n == 6:  # the right and a wrong answer, each in three styles
         wrong = WRITERS[rng.choice(writers)][1](rng, truth, x)
-        row |= dict(domain=domain, chosen=write(truth), rejected=write(wrong))
-        return row if wrong != truth else None
+        return row | dict(domain=domain, chosen=write(truth), rejected=write(wrong)) if wrong != truth else None
     weights = [4, 4] + [1] * (len(writers) - 2) if part == 0 else None  # SFT data is mostly good
     styles, hands = rng.choices(range(3), k=n), rng.choices(writers, weights, k=n)
     answers = [truth if rng.random() < WRITERS[w][0] else WRITERS[w][1](rng, truth, x) for w in hands]
@@ -124,9 +119,8 @@ def toy_row(rng, task, x, writers, n, part):
         return row | (dict(responses=texts, scores=rewards) if n > 2 else dict(completion=texts[0]))
     gap = rewards[0] - rewards[1]
     taste = 2 * gap + STYLES[styles[0]][0] - STYLES[styles[1]][0]
-    first = gap > 0 if part == 2 else rng.random() < 1 / (1 + math.exp(-taste))
-    best, other = (0, 1) if first else (1, 0)
-    return row | dict(chosen=texts[best], rejected=texts[other], lean=styles[best] - styles[other])
+    best = 0 if (gap > 0 if part == 2 else rng.random() < 1 / (1 + math.exp(-taste))) else 1
+    return row | dict(chosen=texts[best], rejected=texts[1 - best], lean=styles[best] - styles[1 - best])
 
 def toy_model(out, seed):
     """A random 0.77M-parameter Llama and a byte-level BPE tokenizer, an ordinary model folder."""
@@ -138,15 +132,13 @@ def toy_model(out, seed):
     tok.chat_template = ("{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<end>' }}"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
     transformers.set_seed(seed)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
-        pad_token_id=tok.pad_token_id)).save_pretrained(out)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tok), hidden_size=128, intermediate_size=384,
+        num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512, bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)).save_pretrained(out)
     tok.save_pretrained(out)
     return out
 
 # --------------------------------------------------------------------------- sources and shapes
-SPLIT = r"(?<![a-z])(train|test|validation|val|dev|raw|filtered)(?![a-z])"
 FILES = r"(?!dataset_(dict|infos?)\.json).*\.(jsonl?(\.gz)?|parquet)"
 def read_source(source, seed=0):
     """[(source, number, raw row)]. A row without a `domain` gets the file's stem as its own."""
@@ -154,8 +146,8 @@ def read_source(source, seed=0):
     path, parts = Path(source), [part for part in source.split(",") if part]
     if path.is_dir() and not (path / "state.json").exists():
         parts = sorted(str(f) for f in path.iterdir() if f.is_dir() or re.fullmatch(FILES, f.name))
-        splits = sorted({*re.findall(SPLIT, " ".join(Path(part).name for part in parts))})
-        check(len(splits) < 2, f"{source}: has the splits {', '.join(splits)}; name those that you mean, with commas")
+        splits = {*re.findall(r"(?<![a-z])(train|test|val|dev|raw|filtered)", " ".join(map(os.path.basename, parts)))}
+        check(len(splits) < 2, f"{source}: has several splits, {', '.join(splits)}; name what you mean, with commas")
     if parts != [source]:
         return [row for part in parts for row in read_source(part, seed)]
     if source.startswith("toy:"):
@@ -171,7 +163,6 @@ def read_source(source, seed=0):
             raise ValueError(f"{source}: empty, or not JSON, JSON lines, .gz of these or parquet ({error})") from None
     elif path.is_dir():
         rows = [json.loads(row["meta"]) if {"meta", "style"} <= {*row} else row for row in load_from_disk(source)]
-        path = path.parent if (path.parent / "dataset_dict.json").exists() else path
     else:
         hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@(\w+))?(?::(\S+))?", source)
         check(hub and not re.fullmatch(FILES, source), f"{source}: no file, folder or hub id (id[@revision][:split])")
@@ -209,7 +200,6 @@ PREFS = {  # name: (keys that tell it, row -> answers and scores)
     "TRL conversational": ("chosen:list rejected:list", pair), "hh-rlhf": ("chosen:str rejected:str", pair),
     "RM-Bench": ("prompt chosen:3 rejected:3", lambda r: (r["chosen"] + r["rejected"], [1, 1, 1, 0, 0, 0])),
     "scored list": ("prompt responses scores", lambda r: (r["responses"], r["scores"])),
-    "scored list, rewards": ("prompt responses rewards", lambda r: (r["responses"], r["rewards"])),
     "UltraFeedback": ("prompt completions", lambda r: (
         [x["response"] for x in r["completions"]], [x["overall_score"] for x in r["completions"]])),
     "RM-Robustness": ("prompt response_1_text all_scores", lambda r: (
@@ -230,11 +220,10 @@ def parse(row, kind):
     sort = lambda x: "str" if not isinstance(x, list) else "list" if isinstance(x[0], dict) else len(x)
     has = {*row} | {f"{key}:{sort(x)}" for key, x in row.items()}
     fits = {name: read for name, (words, read) in SHAPES[kind].items() if {*words.split()} <= has}
-    check("history" not in row, "history: use messages")
-    check("label" not in row or {"output_1", "chosen"} & has, "label: pair good with bad")
+    plain = "history" not in row and ("label" not in row or {"output_1", "chosen"} & has)
+    check(plain, "history: use messages; label: pair good with bad")
     check(fits or {*keys} <= {*row}, "null or empty, a key of its shape", Dropped)
-    known = "; ".join(words for words, _ in SHAPES[kind].values())
-    check(fits, f"has the keys {keys}, no known shape of --{kind}; rename them to those of one: {known}")
+    check(fits, f"has the keys {keys}, no known shape of --{kind}: rename them; README.md lists the shapes")
     check(kind == "excluded" or len({*fits.values()}) == 1, f"{' or '.join(fits)}: ambiguous, remove all but one")
     shape = [*fits][0]  # the first is the most special
     answers, scores = fits[shape](row)
@@ -311,20 +300,19 @@ def encode_response(tok, turns, answer, prompt):
 
 def encode_row(row, tok, max_length):
     """Tokenise a parsed row. `dropped`: why responses were; a list may lose some, RM-Bench none."""
-    prompt, responses, scores, dropped = [], [], [], []
+    prompt, kept, scores, dropped = [], [], [], []
     for text, score in zip(row["responses"], row["scores"]):
         try:
             check(row["prompt"] and text.strip(), "empty, or not a text", Dropped)
             prompt = prompt or encode_prompt(tok, row["prompt"])
             ids = encode_response(tok, row["prompt"], text, prompt)
             check(len(prompt) + len(ids) <= max_length, "over-long", Dropped)
-            twin = row["style"] and (ids, score) in zip(responses, scores)  # RM-Bench has such
-            check(twin or ids not in responses, "equal responses", Dropped)
-            responses, scores = [*responses, ids], [*scores, score]
+            check(ids not in kept or row["style"] and (ids, score) in zip(kept, scores), "equal responses", Dropped)
+            kept, scores = [*kept, ids], [*scores, score]
         except Dropped as reason:
             dropped.append(str(reason))
-    enough = len(responses) >= min(len(row["responses"]), 6 if row["style"] else 2)
-    return dict(row, prompt=prompt, responses=responses if enough else [], scores=scores, dropped=dropped)
+    enough = len(kept) >= min(len(row["responses"]), 6 if row["style"] else 2)
+    return dict(row, prompt=prompt, responses=kept if enough else [], scores=scores, dropped=dropped)
 
 def encode_officially(row, tok, max_length):
     """As published scores of RM-Bench and RewardBench are made (rewardbench/dpo.py; by row, not pair); see README."""
@@ -354,16 +342,15 @@ def parse_source(source, seed, kind, excluded=()):
             said = error if isinstance(error, ValueError) else f"not the values of its shape: {error!r}"
             raise ValueError(f"{part}, row {number}: {said}") from None
         shapes[shape] += 1
-        name = next((row[key] for key in ("id", "prompt_id") if row.get(key) is not None), k)
-        about = dict(id=str(name), domain=str(row.get("subset" if shape == "RewardBench" else "domain", "")),
-                     style=[0, 1, 2, 0, 1, 2] if shape == "RM-Bench" else [], meta=json.dumps(row, default=str))
-        for prompt, answers, scores in items:
-            asked, whole = json.dumps(prompt), hash(repr((prompt, answers)))
+        about = dict(id=str(row.get("id", row.get("prompt_id", k))), style=[0, 1, 2] * 2 if shape == "RM-Bench" else [],
+                     domain=str(row.get("subset" if shape == "RewardBench" else "domain", "")))
+        for item in items:  # prompt, answers, scores
+            asked, whole = json.dumps(item[0]), hash(repr(item[:2]))
             if asked in excluded or whole in seen:
                 dropped["prompt excluded" if asked in excluded else "duplicate"] += 1
-            else:
-                parsed.append(about | dict(prompt=prompt, responses=answers, scores=scores))
+                continue
             seen.add(whole)
+            parsed.append(about | dict(zip(("prompt", "responses", "scores"), item), meta=json.dumps(row, default=str)))
     check(parsed, f"{source}: nothing is left of {len(raw)} rows; dropped {dict(dropped)}")
     source = {part: fingerprint(part) for part in dict.fromkeys(part for part, *_ in raw)}
     return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped, source=source)
@@ -380,15 +367,15 @@ def build(source, tok, args, kind, excluded=()):
         desc=f"tokenise {source}", num_proc=min(32, os.cpu_count()) if len(parsed) > 300 else None)
     for reasons, responses in zip(rows["dropped"], rows["responses"]):
         report["dropped"].update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
-    report["dropped"] = dict(report["dropped"])
     rows = rows.select([k for k, x in enumerate(rows["responses"]) if x]).remove_columns("dropped")
-    check(len(rows), f"{source}: nothing is left of {report['rows_in']} rows; dropped {report['dropped']}")
+    check(len(rows), f"{source}: nothing is left of {report['rows_in']} rows; dropped {dict(report['dropped'])}")
     lengths, wins = [[len(ids) for ids in responses] for responses in rows["responses"]], []
     for sizes, scores in zip(lengths, rows["scores"]):
         wins += [n > m for n, x in zip(sizes, scores) for m, y in zip(sizes, scores) if x > y]
-    percentiles = lambda x: {f"p{p}": sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
-    return rows, report | dict(kept=len(rows), longer_wins=round(sum(wins) / len(wins), 4) if wins else None,
-        prompt_tokens=percentiles([*map(len, rows["prompt"])]), response_tokens=percentiles([*chain(*lengths)]))
+    percentiles = lambda x: {f"p{p}": sorted(map(len, x))[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
+    return rows, report | dict(dropped=dict(report["dropped"]), kept=len(rows),
+        longer_wins=round(sum(wins) / len(wins), 4) if wins else None, prompt_tokens=percentiles(rows["prompt"]),
+        response_tokens=percentiles([ids for responses in rows["responses"] for ids in responses]))
 
 def fingerprint(path, whole=False):
     """Hash of a file or folder: names, sizes, bytes (of files from 256 MiB, unless `whole`, first and last MiB)."""
@@ -424,8 +411,7 @@ def begin(out, args, inputs, rewritable=None):
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
         (partial / "args.draft").write_text(json.dumps(now, indent=1))
-        os.replace(partial / "args.draft", partial / "args.json")
-        return partial
+        return (partial / "args.draft").replace(partial / "args.json").parent
     return make
 
 def run(main, doc, arguments):
@@ -444,8 +430,8 @@ def run(main, doc, arguments):
 
 def main(args):
     toy, held_out = args.model == "toy", args.exclude_prompts_from or ""
-    jobs = dict(sft=args.sft or toy and "toy:sft", train=args.prefs or toy and "toy:prefs")
-    jobs = {name: source for name, source in jobs.items() if source}
+    given = dict(sft=args.sft or toy and "toy:sft", train=args.prefs or toy and "toy:prefs")
+    jobs = {name: source for name, source in given.items() if source}
     for item in args.eval or ([f"{split}=toy:{split}" for split in [*SPLITS][2:]] if toy else []):
         form = re.fullmatch(r"(\w[\w.-]*)=(.+)", item)
         check(form and f"eval/{form[1]}" not in jobs, f"--eval {item}: wanted NAME=SOURCE, once")
@@ -464,8 +450,7 @@ def main(args):
             rows, about = build(source, tok, args, name.split("/")[0], excluded)
             asked = {hash(tuple(p)) for p in rows["prompt"]}
             about |= {f"prompts_in_{other}": len(asked & prompts[other]) for other in prompts}
-            prompts |= {} if "/" in name else {name: asked}
-            report["sets"][name] = about
+            report["sets"][name], prompts = about, prompts | ({} if "/" in name else {name: asked})
             print(f"{name}:", *(f"{k.replace('_', ' ')} {v};" for k, v in about.items() if k != "source"))
             for row in rows.select(range(min(len(rows), 3 if args.dry_run else 1))):  # the scored spans in [[ ]]
                 spans = [f"[[ {tok.decode(ids)!r} ]] {score:g}" for ids, score in zip(row["responses"], row["scores"])]

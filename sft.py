@@ -248,10 +248,9 @@ def score(scorer, rows, micro, device):
     config = scorer.lm.config
     flash = device.type == "cuda" and not getattr(config, "attn_logit_softcapping", None)
     batch = pack([rows[i] for i in micro or [0]], flash)
-    largest, longest = batch[0].max(), batch[1].max() + 1
     most = getattr(config, "max_position_embeddings", math.inf)
-    check(largest < config.vocab_size, f"token id {largest}: not in the vocabulary")
-    check(longest <= most, f"a row of {longest} tokens: prepare with --max-length {most} or less")
+    check(batch[0].max() < config.vocab_size, f"token id {batch[0].max()}: not in the vocabulary")
+    check(batch[1].max() < most, f"a row of {batch[1].max() + 1} tokens: prepare with --max-length {most} or less")
     out = scorer(*tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch))
     out = out.unflatten(0, (-1, len(rows[0][1]) if scorer.squares else 1)).mT.flatten()
     return out if micro else out[:0]

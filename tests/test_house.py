@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare_data", "sft", "align", "evaluate"]
-LIMITS = dict(prepare_data=436, sft=480, align=300, evaluate=440)  # without tables and losses, so that a new row or loss breaks no test
+LIMITS = dict(prepare_data=440, sft=479, align=310, evaluate=430)  # without tables and losses, so that a new row or loss breaks no test
 source = {name: (ROOT / f"{name}.py").read_text() for name in STAGES}
 lines = {name: text.splitlines() for name, text in source.items()}
 begin, end = (next(k for k, line in enumerate(lines["align"]) if line.startswith(head)) for head in ("LOSSES = {}", "def configure("))
@@ -26,7 +26,8 @@ for name in STAGES:  # a table: a dictionary of several lines with a name in cap
 @pytest.mark.parametrize("name", STAGES)
 def test_readable_in_one_sitting(name):
     assert len(lines[name]) <= LIMITS[name], f"{name}.py has a budget of lines: find what can go"
-    assert max(map(len, source[name].splitlines())) <= 140
+    wide = [line for line in source[name].splitlines() if len(line) > 100]
+    assert max(map(len, source[name].splitlines())) <= 120 and len(wide) <= (90 if name == "prepare_data" else 10)
     for node in ast.walk(tree[name]):
         if isinstance(node, ast.FunctionDef):
             size = node.end_lineno - node.lineno + 1
@@ -34,7 +35,7 @@ def test_readable_in_one_sitting(name):
 
 
 def test_all_of_it_is_readable_in_one_sitting():
-    assert sum(map(len, lines.values())) <= 1640, "the stages have a budget of lines together"  # 1,999 with tables and losses at this writing
+    assert sum(map(len, lines.values())) <= 1645, "the stages have a budget of lines together"  # 1,999 with tables and losses at this writing
     text = re.sub(r'^([A-Z]+)="\n.*?^"$', "", (ROOT / "run_all.sh").read_text(), flags=re.M | re.S)  # without SETTINGS, RECIPES, EXPERIMENTS
     assert len(text.splitlines()) <= 160, "run_all.sh has a budget of lines"
 

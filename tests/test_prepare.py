@@ -176,8 +176,6 @@ SHAPES = {  # name: (kind, row, rows wanted as (prompt, responses, scores, style
                  [(chatml(S, U, B, U2), *ONE[0][1:])], "ShareGPT"),
     "scored": ("train", dict(prompt="Add 2", responses=["a", "b", "c"], scores=[0, 2, 1.5]),
                [(chatml(U), ["a", "b", "c"], [0, 2, 1.5], [])], "scored list"),
-    "rewards": ("train", dict(prompt=say(U), responses=["a", "b"], rewards=[1, 1]), [(chatml(U), ["a", "b"], [1, 1], [])],
-                "scored list, rewards"),
     "UltraFeedback": ("train", dict(instruction="Add 2", completions=[dict(response="a", overall_score=6.5, model="m"),
                                                                       dict(response="b", overall_score=8)]),
                       [(chatml(U), ["a", "b"], [6.5, 8], [])], "UltraFeedback"),
@@ -231,7 +229,7 @@ def test_sources_of_every_kind_give_the_same_rows(toks, tmp_path):
     at(6, ".jsonl").write_text("\n".join(map(json.dumps, raw[2:])))
     at(6, ".json").write_text(json.dumps(raw[:2]))
     datasets.Dataset.from_list(raw).save_to_disk(at(7, ""))
-    datasets.DatasetDict(train=datasets.Dataset.from_list(raw)).save_to_disk(at(8, ""))
+    datasets.DatasetDict(set=datasets.Dataset.from_list(raw)).save_to_disk(at(8, ""))
     sources = [str(tmp_path / str(k)) for k in range(1, 7)] + [f"{at(6, '.json')},{at(6, '.jsonl')}"]
     sources += [str(next(tmp_path.glob(f"{k}/set*"))) for k in (1, 2, 3, 4, 5, 7, 8)]
     tables = [P.build(source, toks["chatml"], settings_of(500), "train")[0].to_list() for source in sources]
@@ -328,9 +326,9 @@ def test_special_tokens_written_in_the_text_are_dropped(toks, tmp_path, name, pr
 
 
 BAD_ROWS = [  # (kind, a second row, what its message must say)
-    ("train", '{"prompt": "p", "chosen": "x"}', "no known shape"), ("train", '{"question": "p", "good": "x"}', "of --prefs; rename them to those of one: conversations chosen rejected; "),
-    ("train", '{"prompt": "p", "completion": "x"}', "no known shape of --prefs; "), ("train", "[1]", ""),
-    ("sft", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "no known shape of --sft; rename them to those of one: prompt completion; "),
+    ("train", '{"prompt": "p", "chosen": "x"}', "no known shape"), ("train", '{"question": "p", "good": "x"}', "no known shape of --prefs: rename them"),
+    ("train", '{"prompt": "p", "completion": "x"}', "no known shape of --prefs: "), ("train", "[1]", ""),
+    ("sft", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "no known shape of --sft: "),
     ("sft", '{"messages": [{"role": "user", "content": "q"}, {"role": "model", "content": "a"}]}', "turns by model; wanted"),
     ("sft", '{"messages": [{"role": true, "content": "q"}, {"role": "assistant", "content": "a"}]}', "turns by True"),
     ("train", '{"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "x"}, "rejected": {"from": "bing", "value": "y"}}', "bing"),
@@ -350,7 +348,6 @@ BAD_ROWS = [  # (kind, a second row, what its message must say)
     ("train", '{"prompt": "p", "chosen": "x", "rejected": "y", "responses": ["x", "y"], "scores": [1, 2]}',
      "scored list: ambiguous, remove"),
     ("sft", '{"prompt": "p", "completion": "x", "messages": [{"role": "user", "content": "q"}]}', "prompt-completion or messages: ambiguous"),
-    ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, 2], "rewards": [2, 1]}', "ambiguous"),
     ("eval", '{"input": "p", "output_1": "x", "output_2": "y", "label": 0}', "0"),
 ]
 
@@ -390,7 +387,7 @@ def test_splits_are_not_joined_unless_they_are_named(toks, tmp_path):
         (tmp_path / "flat").mkdir(exist_ok=True)
         (tmp_path / "flat" / f"{name}.jsonl").write_text(json.dumps(PAIR))
     for source in (tmp_path / "data", tmp_path, tmp_path / "dict", tmp_path / "flat"):
-        with pytest.raises(ValueError, match="has the splits test, train;"):
+        with pytest.raises(ValueError, match="has several splits, (test, train|train, test);"):
             count(str(source))
     assert count(str(tmp_path / "dict" / "train")) == 1 and count(f"{tmp_path / 'dict' / 'train'},{tmp_path / 'dict' / 'test'}") == 2
     (tmp_path / "data" / "test_prefs.jsonl").unlink()
