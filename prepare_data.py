@@ -147,7 +147,7 @@ def read_source(source, seed=0):
     if path.is_dir() and not (path / "state.json").exists():
         parts = sorted(str(f) for f in path.iterdir() if f.is_dir() or re.fullmatch(FILES, f.name))
         splits = {*re.findall(r"(?<![a-z])(train|test|val|dev|raw|filtered)", " ".join(map(os.path.basename, parts)))}
-        check(len(splits) < 2, f"{source}: has several splits, {', '.join(splits)}; name what you mean, with commas")
+        check(len(splits) < 2, f"{source}: has the splits {', '.join(sorted(splits))}; name what you mean, with commas")
     if parts != [source]:
         return [row for part in parts for row in read_source(part, seed)]
     if source.startswith("toy:"):
