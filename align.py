@@ -369,7 +369,7 @@ def configure(name, settings):
         try:
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise ValueError(f"--hp {setting}: wanted a {kind.__name__}") from None
+            raise ValueError(f"--hp {setting}: wanted {key}=VALUE, a {kind.__name__}") from None
     lengths = torch.tensor([[2, 3], [3, 2], [2, 2], [2, 2], [3, 2]]).double()  # w, l, heads, kl
     average = torch.tensor([[-1, -3], [-2, -2.5], [-1, -4], [-3, -2], [-1.5, -2.5]])
     leaf, ref, gap = (average * lengths).requires_grad_(), torch.zeros_like(lengths), torch.ones(2)

@@ -35,7 +35,7 @@ def score_set(scorer, data, budget, device, desc):
     """Summed log-probs in nats of all responses, a list for each row; the same on every rank."""
     world, rank, scores = dist.get_world_size(), dist.get_rank(), []
     every = [*zip(data["prompt"], data["responses"])]
-    for k in tqdm.trange(0, len(every), 256, desc=desc, unit=" x 256 rows", disable=rank > 0):
+    for k in tqdm.trange(0, len(every), 256, desc=desc, unit=" rows", unit_scale=256, disable=rank > 0):
         rows = every[k : k + 256]
         full = torch.zeros(len(rows), max(len(rs) for _, rs in rows), device=device).double()
         for micro in plan(rows, world, budget)[rank]:

@@ -191,7 +191,7 @@ def pair(row):
     better, worse = float(row.get("score_chosen", 1)), float(row.get("score_rejected", 0))
     return [row["chosen"], row["rejected"]], [better, worse] if better > worse else [1, 0]  # else the label decides
 
-PREFS = {  # name: (keys that tell it, row -> answers and scores)
+PREFS = {  # name: (keys that tell it, some with :str, :list of messages, :3 of anything; row -> answers and scores)
     "ShareGPT": ("conversations chosen rejected", pair),
     "UltraFeedback binarized": ("prompt chosen:list rejected:list score_chosen score_rejected", pair),
     "princeton-nlp": ("prompt chosen:list rejected:list all_rm_scores", pair),
@@ -217,13 +217,13 @@ def parse(row, kind):
     keys, row = [key for key in row if key != "domain"], {key: x for key, x in row.items() if x not in (None, [])}
     asked = row.get("conversations") or "\n".join(row[key] for key in ("instruction", "input") if row.get(key))
     row = dict(prompt=asked) | row if asked else row
-    sort = lambda x: "str" if not isinstance(x, list) else "list" if isinstance(x[0], dict) else len(x)
-    has = {*row} | {f"{key}:{sort(x)}" for key, x in row.items()}
+    form = lambda x: "str" if not isinstance(x, list) else "list" if isinstance(x[0], dict) else len(x)
+    has = {*row} | {f"{key}:{form(x)}" for key, x in row.items()}
     fits = {name: read for name, (words, read) in SHAPES[kind].items() if {*words.split()} <= has}
-    plain = "history" not in row and ("label" not in row or {"output_1", "chosen"} & has)
-    check(plain, "history: use messages; label: pair good with bad")
+    check("history" not in row, "has a history: use messages")
+    check("label" not in row or {"output_1", "chosen"} & has, "has a label: make pairs, of a good answer and a bad one")
     check(fits or {*keys} <= {*row}, "null or empty, a key of its shape", Dropped)
-    check(fits, f"has the keys {keys}, no known shape of --{kind}: rename them; README.md lists the shapes")
+    check(fits, f"has {', '.join(sorted(has - {*row, 'domain:str'}))}: no known shape of --{kind}; rename or add keys")
     check(kind == "excluded" or len({*fits.values()}) == 1, f"{' or '.join(fits)}: ambiguous, remove all but one")
     shape = [*fits][0]  # the first is the most special
     answers, scores = fits[shape](row)
@@ -238,7 +238,7 @@ def parse(row, kind):
         check(len(talks) > 1 and same, "not two answers to one prompt", Dropped)
     for k in ends[-1:] if shape in PREFS else ends:
         own = talks[0][:k]
-        parts = shape not in PREFS or own and own[0]["role"] == "assistant"
+        parts = shape not in PREFS or (own and own[0]["role"] == "assistant")
         prompt = asked + own if parts else max(own, asked, key=len)  # in parts, in one, in both
         if prompt:
             said = [turn["content"] for turn in system + prompt]
@@ -389,19 +389,19 @@ def fingerprint(path, whole=False):
     return digest.hexdigest()[:16] if top.exists() else str(path)  # a hub id is its own
 
 def begin(out, args, inputs, rewritable=None):
-    """None if OUT is complete; else a function that makes OUT.partial, to write in, and returns it. In its args.json
-    `content` is what makes the result: inputs by their fingerprints, so that they may be moved. ValueError if that of
-    OUT is another, and has no key `rewritable`, or that of an OUT.partial with checkpoints."""
+    """None if OUT is complete, else a function that makes OUT.partial. ValueError if either is of other content but for
+    OUT with the key `rewritable`, OUT.partial without checkpoints. Inputs count by fingerprints: they may be moved."""
     harmless = "out replicas save_every tokens_per_forward replay checkpoint_layers compile".split()
     inputs = {path: fingerprint(path) for path in inputs if path}
-    content = {key: inputs.get(str(value), value) for key, value in args.items() if key not in harmless}
+    content = json.dumps({key: value for key, value in args.items() if key not in harmless}, ensure_ascii=False)
+    paths = "|".join(map(re.escape, inputs)) or "$."  # each is a value, or a part of one: "NAME=path,path"
+    content = json.loads(re.sub(f'(?<=[",=])({paths})(?=,|"[^:])', lambda found: inputs[found[0]], content))
     content |= {f"input {k}, {Path(path).name}": inputs[path] for k, path in enumerate(inputs, 1)}
-    now = json.loads(json.dumps(args | dict(content=content)))
     done, partial = Path(out), Path(f"{out}.partial")
     check((done / "args.json").exists() or not done.exists(), f"{out} is not of this script; choose another --out")
     for folder in (f for f in (done, partial) if (f / "args.json").exists()):
-        old, new = json.loads((folder / "args.json").read_text()).get("content", {}), now["content"]
-        diff = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+        old = json.loads((folder / "args.json").read_text()).get("content", {})
+        diff = [f"{k}: {old.get(k)} -> {content.get(k)}" for k in sorted(old | content) if old.get(k) != content.get(k)]
         kept = rewritable not in old if folder == done else (folder / "checkpoints").exists()
         check(not diff or not kept, f"{folder} is of other arguments ({'; '.join(diff)}); remove it or change --out")
         if folder == done and not diff:
@@ -410,7 +410,7 @@ def begin(out, args, inputs, rewritable=None):
         if not (partial / "checkpoints").exists():
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-        (partial / "args.draft").write_text(json.dumps(now, indent=1))
+        (partial / "args.draft").write_text(json.dumps(args | dict(content=content), indent=1))
         return (partial / "args.draft").replace(partial / "args.json").parent
     return make
 

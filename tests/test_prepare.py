@@ -326,15 +326,15 @@ def test_special_tokens_written_in_the_text_are_dropped(toks, tmp_path, name, pr
 
 
 BAD_ROWS = [  # (kind, a second row, what its message must say)
-    ("train", '{"prompt": "p", "chosen": "x"}', "no known shape"), ("train", '{"question": "p", "good": "x"}', "no known shape of --prefs: rename them"),
-    ("train", '{"prompt": "p", "completion": "x"}', "no known shape of --prefs: "), ("train", "[1]", ""),
-    ("sft", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "no known shape of --sft: "),
+    ("train", '{"prompt": "p", "chosen": "x"}', "no known shape"), ("train", '{"question": "p", "good": "x"}', "has good:str, question:str: no known shape of --prefs; rename or add keys"),
+    ("train", '{"prompt": "p", "completion": "x"}', "no known shape of --prefs"), ("train", "[1]", ""),
+    ("sft", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "has chosen:str, prompt:str, rejected:str: no known shape of --sft"),
     ("sft", '{"messages": [{"role": "user", "content": "q"}, {"role": "model", "content": "a"}]}', "turns by model; wanted"),
     ("sft", '{"messages": [{"role": true, "content": "q"}, {"role": "assistant", "content": "a"}]}', "turns by True"),
     ("train", '{"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "x"}, "rejected": {"from": "bing", "value": "y"}}', "bing"),
     ("train", '{"instruction": "i", "history": [["q", "a"]], "chosen": "x", "rejected": "y"}', "history"),
-    ("sft", '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": false}', "pair good with bad"),
-    ("sft", '{"prompt": "p", "completion": "x", "label": 0}', "pair good with bad"),
+    ("sft", '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": false}', "has a label: make pairs"),
+    ("sft", '{"prompt": "p", "completion": "x", "label": 0}', "has a label: make pairs"),
     ("eval", '{"prompt": "p", "chosen": ["x", "y"], "rejected": ["z", "v"]}', "no known shape"),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1]}', "a finite score for each"),
     ("train", '{"prompt": "p", "responses": ["x", "y"], "scores": [1, null]}', ""),
@@ -343,8 +343,8 @@ BAD_ROWS = [  # (kind, a second row, what its message must say)
     ("train", '{"prompt": "p", "responses": "xy", "scores": [1, 2]}', "a list of answers"),
     ("train", '{"prompt": "p", "chosen": "x", "rejected": "\\ud800"}', "surrogates"),
     ("train", '{"prompt": ["p"], "chosen": "x", "rejected": "y"}', ""),
-    ("train", '{"prompt": "p", "completion": "x", "label": true}', "pair good with bad"),
-    ("sft", '{"prompt": "p", "completion": "x", "label": false}', "pair good with bad"),
+    ("train", '{"prompt": "p", "completion": "x", "label": true}', "has a label: make pairs"),
+    ("sft", '{"prompt": "p", "completion": "x", "label": false}', "has a label: make pairs"),
     ("train", '{"prompt": "p", "chosen": "x", "rejected": "y", "responses": ["x", "y"], "scores": [1, 2]}',
      "scored list: ambiguous, remove"),
     ("sft", '{"prompt": "p", "completion": "x", "messages": [{"role": "user", "content": "q"}]}', "prompt-completion or messages: ambiguous"),
@@ -414,6 +414,22 @@ def test_a_complete_folder_is_known_by_the_contents_of_its_inputs(tmp_path):
         begin(new)
 
 
+def test_a_path_inside_an_argument_may_be_another_spelling_too(tmp_path, monkeypatch):
+    """NAME=path, path,path and lists of paths; a key of the same name, or a part of a number, is left alone."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    begin = lambda path: P.begin("out", dict(data=path, models=[path, "b"], eval=[f"T={path},{path}", f"U={path}"], lr=0.1), [path])
+    begin("data")().rename("out")
+    assert begin("data") is None and begin(f"{tmp_path}/data") is None and begin("./data") is None
+    content = json.loads(Path("out/args.json").read_text())["content"]
+    mark = P.fingerprint("data")
+    assert content == {"data": mark, "models": [mark, "b"], "eval": [f"T={mark},{mark}", f"U={mark}"], "lr": 0.1, "input 1, data": mark}
+    (tmp_path / "data" / "rows").write_text("y")
+    with pytest.raises(ValueError, match="data: "):
+        begin("data")
+
+
 def test_a_folder_of_others_is_refused(tmp_path):
     (tmp_path / "args.json").write_text('{"lr": 1}')
     with pytest.raises(ValueError, match="of other arguments"):
@@ -428,7 +444,7 @@ def test_inputs_that_changed_places_are_other_inputs(tmp_path):
     swapped()().rename(tmp_path / "two")
     assert swapped() is None
     sets[0].write_text("1"), sets[1].write_text("0")
-    with pytest.raises(ValueError, match="of other arguments .input 1, a.jsonl: "):  # the same contents, but not under the same names
+    with pytest.raises(ValueError, match="of other arguments .eval: .*input 1, a.jsonl: "):  # the same contents, but not under the same names
         swapped()
 
 
