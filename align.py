@@ -567,7 +567,7 @@ def main(args):
     bar = tqdm.trange(first, steps, total=steps, initial=first, desc=args.loss,
                       unit="step", disable=dist.get_rank() > 0)
     for step in bar:
-        began = time.perf_counter()
+        began = time.monotonic()
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
         rows, ids = fetch(data, pairs, index, supply)
         lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows], device=device).double().T
@@ -586,7 +586,7 @@ def main(args):
                   f"first loss: ln 2 + {off}; remove {args.data}/../reference")
         origin = origin or metrics
         metrics |= {f"d{k}": metrics[k] - origin[k] for k in ("logp_chosen", "logp_rejected")}
-        seconds = time.perf_counter() - began
+        seconds = time.monotonic() - began
         tokens = sum(len(p) + sum(map(len, rs)) for p, rs in rows)
         end_step(args, partial, bar, stop, scorer, optimizer, (state, origin), dict(
             step=step + 1, lr=lr, grad_norm=norm, **metrics,

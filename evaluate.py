@@ -177,8 +177,7 @@ def measure(data, scores, base=None):
     `sections`, and Avg, the mean of three or more: dict(accuracy, low, high, ties, comparisons,
     prompts, domains[, tau, won, lost, gain, gain_low, gain_high])}."""
     names, columns, _ = sections(data)
-    out, prompts = {}, map(str, data["prompt"])
-    rows = [*zip(names, prompts, data["scores"], data["style"], scores, base or scores)]
+    out, rows = {}, [*zip(names, data["prompt"], data["scores"], data["style"], scores, base or scores)]
     for column, weights in columns.items():
         units = {}  # {stratum: {prompt: [comparisons that are right, all, tied, won, lost]}}
         for name, prompt, labels, styles, now, then in rows:
@@ -329,6 +328,7 @@ def find_sets(root):
     sets = {f.parent.name: load_rows(f.parent)[:] for f in sorted(files, key=os.path.getmtime)}
     for name, data in sets.items():
         check(any(len({*x}) > 1 for x in data["scores"]), f"{root}: all scores of {name} are equal")
+        data["prompt"] = [*map(tuple, data["prompt"])]  # can be keys
         data["tokens"] = [[len(r) for r in rs] for rs in data["responses"]]
     return sets
 
@@ -370,7 +370,7 @@ def main(args):
     ref = [*models][0] if args.ref else None
     kinds = ["average", "sum", "implicit"][: 3 if ref else 2]
     rows = [dict(zip(d, x)) for d in sets.values() for x in [*zip(*d.values())][: args.generate]]
-    prompts, files, logps, rewards = [row["prompt"] for row in rows], {}, {}, {}
+    prompts, files, logps, rewards = [[*row["prompt"]] for row in rows], {}, {}, {}
     for m in models if args.prompts else ():
         files[f"answers-{m}.json"] = answer(models[m], m, args, device)
     samples = {m: generate(p, prompts, args, device, f"{m}: samples") for m, p in models.items() if rows}

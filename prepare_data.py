@@ -139,6 +139,7 @@ def toy_model(out, seed):
     return out
 
 # --------------------------------------------------------------------------- sources and shapes
+SPLIT = r"(?<![a-z])(train|test|validation|val|dev|raw|filtered)(?![a-z])"
 FILES = r"(?!dataset_(dict|infos?)\.json).*\.(jsonl?(\.gz)?|parquet)"
 def read_source(source, seed=0):
     """[(source, number, raw row)]. A row without a `domain` gets the file's stem as its own."""
@@ -146,7 +147,7 @@ def read_source(source, seed=0):
     path, parts = Path(source), [part for part in source.split(",") if part]
     if path.is_dir() and not (path / "state.json").exists():
         parts = sorted(str(f) for f in path.iterdir() if f.is_dir() or re.fullmatch(FILES, f.name))
-        splits = {*re.findall(r"(?<![a-z])(train|test|val|dev|raw|filtered)", " ".join(map(os.path.basename, parts)))}
+        splits = {*re.findall(SPLIT, " ".join(map(os.path.basename, parts)))}
         check(len(splits) < 2, f"{source}: has the splits {', '.join(sorted(splits))}; name what you mean, with commas")
     if parts != [source]:
         return [row for part in parts for row in read_source(part, seed)]
@@ -369,13 +370,13 @@ def build(source, tok, args, kind, excluded=()):
         report["dropped"].update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
     rows = rows.select([k for k, x in enumerate(rows["responses"]) if x]).remove_columns("dropped")
     check(len(rows), f"{source}: nothing is left of {report['rows_in']} rows; dropped {dict(report['dropped'])}")
-    lengths, wins = [[len(ids) for ids in responses] for responses in rows["responses"]], []
+    asked, wins, lengths = [*map(len, rows["prompt"])], [], [[*map(len, responses)] for responses in rows["responses"]]
     for sizes, scores in zip(lengths, rows["scores"]):
         wins += [n > m for n, x in zip(sizes, scores) for m, y in zip(sizes, scores) if x > y]
-    percentiles = lambda x: {f"p{p}": sorted(map(len, x))[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
+    percentiles = lambda x: {f"p{p}": sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
     return rows, report | dict(dropped=dict(report["dropped"]), kept=len(rows),
-        longer_wins=round(sum(wins) / len(wins), 4) if wins else None, prompt_tokens=percentiles(rows["prompt"]),
-        response_tokens=percentiles([ids for responses in rows["responses"] for ids in responses]))
+        longer_wins=round(sum(wins) / len(wins), 4) if wins else None, prompt_tokens=percentiles(asked),
+        response_tokens=percentiles([n for sizes in lengths for n in sizes]))
 
 def fingerprint(path, whole=False):
     """Hash of a file or folder: names, sizes, bytes (of files from 256 MiB, unless `whole`, first and last MiB)."""

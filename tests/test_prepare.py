@@ -392,6 +392,10 @@ def test_splits_are_not_joined_unless_they_are_named(toks, tmp_path):
     assert count(str(tmp_path / "dict" / "train")) == 1 and count(f"{tmp_path / 'dict' / 'train'},{tmp_path / 'dict' / 'test'}") == 2
     (tmp_path / "data" / "test_prefs.jsonl").unlink()
     assert count(str(tmp_path / "data")) == 2  # shards of one split
+    (tmp_path / "words").mkdir()
+    for name in ("tests", "values"):  # words that only begin like a split
+        (tmp_path / "words" / f"{name}.jsonl").write_text(json.dumps(dict(PAIR, prompt=name)))
+    assert count(str(tmp_path / "words")) == 2
     (tmp_path / "data" / ".cache").mkdir()
     (tmp_path / "data" / "images").mkdir()
     (tmp_path / "data" / "dataset_info.json").write_text("{}")  # as LLaMA-Factory and older clones have beside their data
