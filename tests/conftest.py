@@ -82,6 +82,8 @@ os._exit = lambda code: os.getpid() == here or leave(code)  # a stage ends so; t
 for argv in json.load(open(sys.argv[1])):
     sys.argv, sys.path[0] = argv, argv[0].rpartition("/")[0]
     runpy.run_path(argv[0], run_name="__main__")
+sys.stdout.flush()
+leave(0)  # as a stage does: at a plain exit of many processes a thread of a library aborts now and then
 """
 
 
