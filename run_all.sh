@@ -100,8 +100,7 @@ case $WHAT in
 esac
 TABLE=evaluation && [ "$WHAT" = compare ] || TABLE=$WHAT SEEDS=${SEEDS:-0 1 2}
 # ---------------------------------------------------------------------------------- the stages
-[ -z "${MODEL:-}" ] || SETTING=${SETTING:-custom}
-SETTING=${SETTING:-toy}
+SETTING=${SETTING:-${MODEL:+custom}} SETTING=${SETTING:-toy}
 row=$(awk -F' *[|] *' -v s="$SETTING" '{ sub(/ +$/, "", $1) } $1 == s' <<< "$SETTINGS")
 [ -n "$row" ] || die "SETTING=$SETTING: wanted one of$(awk '/[|]/ { printf " %s", $1 }' <<< "$SETTINGS")"
 [ "$SETTING" != custom ] || [ -n "${MODEL:-}" -a -n "${PREF_DATA:-}" -a -n "${EVAL_DATA:-}" ] ||
@@ -150,6 +149,7 @@ fi
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} TOKENIZERS_PARALLELISM=false # spin shortly: else threads that wait take the cores of others
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores = $(getconf _NPROCESSORS_ONLN) / NPROC) > 0 ? cores : 1))}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296} # glibc: keep what is freed
 [ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-10} HF_DATASETS_DISABLE_PROGRESS_BARS=${HF_DATASETS_DISABLE_PROGRESS_BARS:-1} # in a log
 say() { printf '\n[%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 align() { # NAME [ARGUMENT ...]: OUT/NAME from OUT/sft

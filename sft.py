@@ -68,7 +68,8 @@ def on_rank0(function, *args, what=""):
 print0 = lambda *text: on_rank0(lambda: print(*text, flush=True))
 
 # ---------------------------------------------------------------------- the model and its scores
-HEAD_CHUNK = 1024  # response tokens whose logits exist at the same time
+# response tokens whose logits exist at the same time; on a CPU fewer, if they are over 8 MiB
+head_chunk = lambda size: 1024 if torch.cuda.is_available() else max(256, min(1024, 2**21 // size))
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions"}  # to attention
 def attend(module, query, key, value, attention_mask, scaling, layout=None, dropout=0.0,
            sliding_window=None, softcap=None, **others):
@@ -95,14 +96,14 @@ def attend_blocks(q, k, v, layout, scaling, window, softcap):
     copies = [x.split(sizes) for x in (q.index_select(0, layout.flat), k, v)]
     for (n, length), *parts in zip(layout.blocks, *copies):
         q, k, v = (x.unflatten(0, (n, length)).transpose(1, 2) for x in parts)  # (n, ., L, D)
-        seen = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+        seen = lambda: q.new_ones(length, length).bool().tril().triu(1 - window)  # (L, L)
         if softcap is None:
-            how = dict(is_causal=True) if window >= length else dict(attn_mask=seen)
+            how = dict(is_causal=True) if window >= length else dict(attn_mask=seen())
             out = F.scaled_dot_product_attention(q, k, v, **how, scale=scaling, enable_gqa=True)
         else:  # Gemma-2
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             weights = softcap * torch.tanh(q @ k.mT * (scaling / softcap))
-            weights = weights.masked_fill(~seen, -math.inf).softmax(-1, dtype=torch.float32)
+            weights = weights.masked_fill(~seen(), -math.inf).softmax(-1, dtype=torch.float32)
             out = weights.to(v.dtype) @ v
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs).index_select(0, layout.back)
@@ -113,7 +114,7 @@ class Scorer(torch.nn.Module):
     """A causal LM whose forward returns log-probs of responses. The FSDP root: logits stay here."""
     def __init__(self, lm):
         super().__init__()
-        self.lm, self.squares = lm, False
+        self.lm, self.squares, self.chunk = lm, False, head_chunk(lm.config.vocab_size)
 
     def forward(self, ids, positions, source, target, owner, last, layout):
         """Summed log-probs (R, 1) in nats, fp32, of responses that `pack` packed; or their rewards.
@@ -128,10 +129,9 @@ class Scorer(torch.nn.Module):
                 logits = softcap * torch.tanh(logits / softcap)
             logps = [-F.cross_entropy(logits, target, reduction="none")]
             if self.squares:
-                with torch.no_grad():
-                    logps.append(torch.logsumexp(2 * logits, 1) - 2 * torch.logsumexp(logits, 1))
+                logps.append(logits.detach().mul(2).logsumexp(1) - 2 * logits.detach().logsumexp(1))
             return torch.stack(logps, 1)  # (chunk, 1 or 2)
-        chunks = zip(hidden.index_select(0, source).split(HEAD_CHUNK), target.split(HEAD_CHUNK))
+        chunks = zip(hidden.index_select(0, source).split(self.chunk), target.split(self.chunk))
         logps = torch.cat([checkpoint(token_logps, h, y, use_reentrant=False) for h, y in chunks])
         return logps.new_zeros(len(last), logps.shape[1]).index_add(0, owner, logps)
 

@@ -30,7 +30,7 @@ from statistics import median
 import torch
 
 import bench_jobs
-from bench_jobs import CUDA, VARIANTS, batch_indices
+from bench_jobs import BATCHES, CUDA, VARIANTS, batch_indices
 
 def installed(name):
     return importlib.util.find_spec(name) is not None
@@ -247,12 +247,14 @@ def growth(plan):
 
 def evaluation(plan):
     """RM-Bench-like scoring, beside padded forwards."""
-    rows, base = [], None
-    for side, (spans, scores) in job(plan, "evaluation", sizes=rm_bench(plan["prompts"], plan["scale"], plan["rm_bench"])).items():
-        middle = median(span[KIND - 2] for span in spans)
-        base = base or (middle, scores)
-        gate(side, score=max(abs(a - b) for a, b in zip(scores, base[1], strict=True)))
-        rows.append([side, several(span[0] for span in spans), f"{median(span[1] for span in spans):.1f}", f"{middle / base[0]:.2f}"])
+    sizes, rows, done = rm_bench(plan["prompts"], plan["scale"], plan["rm_bench"]), [], {}
+    for side in [*BATCHES] * plan["repeats"]:
+        done.setdefault(side, []).append(job(plan, "evaluation", sizes=sizes, side=side))
+    base = next(iter(done.values()))
+    for side, runs in done.items():
+        gate(side, score=max(abs(a - b) for a, b in zip(runs[0][1], base[0][1], strict=True)))
+        middle, ours = (median(span[KIND - 2] for span, _ in x) for x in (runs, base))
+        rows.append([side, several(span[0] for span, _ in runs), f"{median(span[1] for span, _ in runs):.1f}", f"{middle / ours:.2f}"])
     table(f"Scores of {plan['prompts']} prompts with six responses each, as in RM-Bench", [
         "side", "CPU-seconds, each run", "seconds", f"{SECONDS} / ours"], rows)
 

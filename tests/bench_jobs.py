@@ -123,17 +123,18 @@ VARIANTS = {  # name: what is replaced, and the changes of `train`
     "every response with a prompt of its own": ({"align.score": apart}, {}),
     "a live reference": ({"align.score": twice}, {}),
     "logits of all places, not of responses alone": ({"align.score": but_last, "sft.pack": pack_all}, {}),
-    "logits of a micro-batch at once, not of 1,024 tokens": ({"sft.HEAD_CHUNK": 1 << 30}, {}),
+    "logits of a micro-batch at once, not in chunks": ({}, dict(chunk=1 << 30)),
     "all layers recomputed": ({}, dict(checkpointed=1 << 30)),
     "micro-batches of one pair": ({}, dict(tokens=1)),
     "amapo, all layers recomputed": ({}, dict(checkpointed=1 << 30, loss="amapo")),
     "amapo --replay": ({}, dict(loss="amapo", replay=True)),
     "--compile": ({}, dict(compiled=True))}
 
-def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", lr=0.0, replay=False, checkpointed=0, compiled=False):
+def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", lr=0.0, replay=False, checkpointed=0, compiled=False, chunk=0):
     """The loop of align.py without its log: dict(steps=[(loss, gradient norm, CPU-seconds, seconds)], memory, reference, its pass)."""
     args, ref, state, out = argparse.Namespace(batch_size=batch, seed=0, tokens_per_forward=tokens), None, {}, []
     pairs, (function, hp) = align.draw_pairs(data["scores"], "all", 0.0), align.configure(loss, [])
+    scorer.chunk = chunk or sft.head_chunk(scorer.lm.config.vocab_size)
     for k, layer in enumerate(scorer.lm.base_model.layers):
         layer.training = k < checkpointed
         layer.compile(dynamic=True) if compiled else setattr(layer, "_compiled_call_impl", None)
@@ -146,7 +147,8 @@ def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", l
         index = batch_indices(len(pairs), batch, 0, step)
         rows, ids = align.fetch(data, pairs, index, [])
         lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows], dtype=torch.float64, device=device).T
-        of = functools.partial(align.apply_loss, function, hp, 0.0, lengths, torch.zeros_like(lengths) if ref is None else ref[:, index], torch.ones(len(rows), device=device), state)
+        base, gap = torch.zeros_like(lengths) if ref is None else ref[:, index], torch.ones(len(rows), device=device)
+        of = functools.partial(align.apply_loss, function, hp, 0.0, lengths, base, gap, state)
         losses, logps, grads, state = align.backward(scorer, rows, of, function.batch, replay, tokens, device)
         mean = align.describe(losses, logps, grads, lengths)["loss"]
         norm, _ = sft.update(scorer, optimizer, lr, 1.0, mean, step + 1, ids, logps.T)
@@ -219,13 +221,16 @@ def trl(plan, side, sizes):
     return [dict(steps=[(*log, *span) for log, span in zip(logs, spans, strict=True)], memory=peak(), reference=reference)]
 
 # ------------------------------------------------------------------------------------------- beside padded forwards of transformers
-def padded(lm, sequences):
-    """Summed log-probs (S,) of responses, [(prompt, response)], by a right-padded forward that makes all logits; log-softmax in fp32."""
+def padded(lm, sequences, everywhere=False):
+    """Summed log-probs (S,) of responses, [(prompt, response)], by a right-padded forward that makes all logits; log-softmax in fp32, of
+    responses alone or everywhere."""
     ids = pad_sequence([torch.tensor(p + r) for p, r in sequences], batch_first=True).to(DEVICE)  # (S, L)
     mask = pad_sequence([torch.ones(len(p + r), dtype=torch.long) for p, r in sequences], batch_first=True).to(DEVICE)
     logits, out = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits, []  # (S, L, V)
-    for line, target, (p, r) in zip(logits, ids, sequences):
-        logp = line[len(p) - 1 : len(p) + len(r) - 1].float().log_softmax(-1)
+    logps = logits.log_softmax(-1, dtype=torch.float32) if everywhere else logits
+    for line, target, (p, r) in zip(logps, ids, sequences):
+        logp = line[len(p) - 1 : len(p) + len(r) - 1]
+        logp = logp if everywhere else logp.log_softmax(-1, dtype=torch.float32)
         out.append(logp.gather(1, target[len(p) : len(p) + len(r), None]).sum())
     return torch.stack(out)
 
@@ -250,27 +255,36 @@ def batches_of(sizes, budget):
         out, left = [*out, left[:n]], left[n:]
     return out
 
+def by_style(sizes, budget):
+    """Batches of RM-Bench's own script: style by style, 8 prompts, a chosen and a rejected response of each."""
+    return [[(i, k) for i in range(b, min(len(sizes), b + 8)) for k in (style, style + 3)] for style in range(3) for b in range(0, len(sizes), 8)]
+
+BATCHES = {  # side of `evaluation`: its batches
+    "this repository, evaluate.py": None,
+    "padded, sorted by length, as many tokens a forward": batches_of,
+    "padded, the six responses to a prompt a forward": lambda sizes, budget: [[(i, k) for k in range(6)] for i in range(len(sizes))],
+    "padded, style by style, 8 prompts a forward, as RM-Bench's own script": by_style}
+
 @torch.no_grad()
-def evaluation(plan, sizes):
-    """Average log-probs of all responses by evaluate.score_set and by padded batches: {side: ([(CPU-seconds, seconds)], scores)}."""
-    data, n, out = draw(plan["shape"], sizes), len(sizes), {}
-    (device, scorer), lm = load(plan, plan["shape"]), load_plain(plan, plan["shape"], torch.bfloat16 if CUDA else torch.float32)
-    styles = [[(i, k) for i in range(b, min(n, b + 8)) for k in (style, style + 3)] for style in range(3) for b in range(0, n, 8)]
-    sides = {"this repository, evaluate.py": None,
-             "padded, sorted by length, as many tokens a forward": batches_of(sizes, plan["eval_tokens"]),
-             "padded, style by style, 8 prompts a forward, as RM-Bench's own script": styles}
-    evaluate.score_set(scorer, Rows({key: values[:1] for key, values in data.items()}), plan["eval_tokens"], device, "warm-up")
-    padded(lm, [(data["prompt"][0], response) for response in data["responses"][0]])
-    for side, batches in [*sides.items()] * plan["repeats"]:
-        begin, scores = clock(), [[0.0] * len(ns) for _, ns in sizes]
-        if batches is None:
-            scores = evaluate.score_set(scorer, data, plan["eval_tokens"], device, "scores")
-        for batch in batches or []:
-            for (i, k), score in zip(batch, padded(lm, [(data["prompt"][i], data["responses"][i][k]) for i, k in batch]).tolist()):
-                scores[i][k] = score
-        spans = out.get(side, ([],))[0] + [since(begin)]
-        out[side] = spans, [score / n for line, (_, ns) in zip(scores, sizes) for score, n in zip(line, ns)]
-    return out
+def evaluation(plan, sizes, side):
+    """Average log-probs of all responses by evaluate.score_set or by padded batches: (CPU-seconds and seconds, scores)."""
+    data, batches = draw(plan["shape"], sizes), BATCHES[side]
+    if batches is None:
+        device, scorer = load(plan, plan["shape"])
+        run = lambda data: evaluate.score_set(scorer, data, plan["eval_tokens"], device, "scores")
+    else:
+        lm = load_plain(plan, plan["shape"], torch.bfloat16 if CUDA else torch.float32)
+        def run(data):
+            scores = [[0.0] * len(responses) for responses in data["responses"]]
+            for batch in batches(sizes[: len(scores)], plan["eval_tokens"]):
+                sequences = [(data["prompt"][i], data["responses"][i][k]) for i, k in batch]
+                for (i, k), score in zip(batch, padded(lm, sequences, everywhere=batches is by_style).tolist()):
+                    scores[i][k] = score
+            return scores
+    run(Rows({key: values[:1] for key, values in data.items()}))  # a warm-up
+    begin = clock()
+    scores = run(data)
+    return since(begin), [score / n for line, (_, ns) in zip(scores, sizes) for score, n in zip(line, ns)]
 
 @torch.no_grad()
 def spread(plan, sizes, bf16):
@@ -286,27 +300,36 @@ def spread(plan, sizes, bf16):
 # ------------------------------------------------------------------------------------------------------------------------- profile
 GROUPS = {  # a group has the operations whose name, with the names of what called them, innermost first, begins so; the first that fits
     "optimizer": r".*bench update", "attention": r".*(scaled_dot_product|flash_attention)", "matmul": r"aten::(mm|bmm|addmm)\b",
-    "head: log-softmax, NLL": r".*(log_?softmax|nll_loss|cross_entropy)", "FSDP": r".*(FSDP|fsdp|c10d)",
-    "packing: gather, copy": r".*(index_select|IndexSelect)|bench pack|aten::(cat|copy_|index\w*)\b",
-    "layers: norms, rotary, SiLU, residuals": r"aten::", "Python, autograd, metrics": r""}
+    "log-softmax, NLL": r".*(log_?softmax|nll_loss|cross_entropy)", "FSDP": r".*(FSDP|fsdp|c10d)",
+    "packing: gather, copy": r".*(index_select|IndexSelect|bench pack)", "norms": r".*bench norm", "rotary": r".*bench rotary",
+    "SiLU and gate": r".*bench mlp", "residuals, the rest of the model": r".*bench model", "Python, autograd, metrics": r""}
 
 def profile(plan, sizes):
-    """Shares of one training step, of CPU time or on a GPU of its time: {group: {operation: share}}."""
+    """Shares of one training step, of CPU time or on a GPU of its time: {group: {operation: share}}. An operation of the backward pass
+    counts as called by what called its forward operation; they have one sequence number."""
+    from transformers.models.llama import modeling_llama as llama
+
     device, scorer = load(plan, plan["shape"])
     optimizer, groups = sft.make_optimizer(plan["optimizer"], scorer), {name: {} for name in GROUPS}
     step = functools.partial(train, device, scorer, optimizer, draw(plan["shape"], sizes), plan["batch"], 1, plan["tokens"])
     step()
-    named = lambda name: torch.profiler.record_function(f"bench {name}")
-    with mock.patch("sft.update", named("update")(sft.update)), mock.patch("sft.pack", named("pack")(sft.pack)):
+    parts = [(sft, "update", "update"), (sft, "pack", "pack"), (sft, "attend_blocks", "pack"), (llama, "apply_rotary_pos_emb", "rotary"),
+             (llama.LlamaMLP, "forward", "mlp"), (llama.LlamaRMSNorm, "forward", "norm"), (llama.LlamaModel, "forward", "model")]
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, name in parts:
+            part = torch.profiler.record_function(f"bench {name}")(getattr(owner, attribute))
+            stack.enter_context(mock.patch.object(owner, attribute, part))
         with torch.profiler.profile() as profiler:
-            named("step")(step)()
-    for event in profiler.events():
-        names, caller = event.name, event.cpu_parent
-        while caller:
-            names, caller = f"{names} {caller.name}", caller.cpu_parent
+            step()
+    events, names, forward = sorted(profiler.events(), key=lambda event: event.time_range.start), {}, {}
+    for event in events:  # callers first
+        caller, backward = event.cpu_parent, event.scope == 1 or event.name.startswith("autograd::engine")
+        names[event.id] = " ".join([event.name, names.get(caller.id, "") if caller else "", forward.get(event.sequence_nr, "") * backward])
+        if event.sequence_nr >= 0 and not backward:
+            forward[event.sequence_nr] = names[event.id]
         span = event.self_device_time_total if CUDA else event.self_cpu_time_total
         if event.device_type == torch.autograd.DeviceType.CPU and span > 0:
-            group = groups[next(name for name, pattern in GROUPS.items() if re.match(pattern, names))]
+            group = groups[next(name for name, pattern in GROUPS.items() if re.match(pattern, names[event.id]))]
             group[event.name] = group.get(event.name, 0) + span
     total = sum(sum(group.values()) for group in groups.values())
     return {name: {operation: span / total for operation, span in group.items()} for name, group in groups.items()}

@@ -65,7 +65,7 @@ def close(a, b, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_scores_and_gradients_are_those_of_transformers_alone(name, models, monkeypatch):
+def test_scores_and_gradients_are_those_of_transformers_alone(name, models):
     rows = random_rows(1)
     weights = [torch.randn(len(rs), generator=torch.Generator().manual_seed(i)) for i, (_, rs) in enumerate(rows)]
     lm = plain_model(models[name]).eval()
@@ -79,7 +79,7 @@ def test_scores_and_gradients_are_those_of_transformers_alone(name, models, monk
         scorer.lm.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         scorer.lm.base_model.layers[1].mlp.register_forward_pre_hook(lambda *_: last.append(1))
         for budget, chunk in ((10**6, 1024), (10**6, 7), (80, 1024), (1, 3)):
-            monkeypatch.setattr(sft, "HEAD_CHUNK", chunk)
+            scorer.chunk = chunk
             calls.clear(), last.clear()
             found, grads = scores_and_gradients(scorer, rows, weights, budget)
             micros = len(sft.plan(rows, 1, budget)[0])
