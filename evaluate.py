@@ -363,7 +363,8 @@ def main(args):
     short = [Path(p).name for p in paths]
     models = {n if short.count(n) == 1 else p.replace("/", "_"): p for n, p in zip(short, paths)}
     logs = {m: log for m, path in models.items() if (log := training_log(path))}
-    make = begin(args.out, vars(args), [args.data, args.prompts, *paths], rewritable="models")
+    inputs = dict(data=[args.data], prompts=[args.prompts], ref=[args.ref], models=args.models)
+    make = begin(args.out, vars(args), inputs, rewritable="models")
     if make is None:
         print0(f"{args.out} is complete")
         return tabulate([args.out], args.out, logs)

@@ -390,14 +390,12 @@ def fingerprint(path, whole=False):
     return digest.hexdigest()[:16] if top.exists() else str(path)  # a hub id is its own
 
 def begin(out, args, inputs, rewritable=None):
-    """None if OUT is complete, else a function that makes OUT.partial. ValueError if either is of other content but for
-    OUT with the key `rewritable`, OUT.partial without checkpoints. Inputs count by fingerprints: they may be moved."""
-    harmless = "out replicas save_every tokens_per_forward replay checkpoint_layers compile".split()
-    inputs = {path: fingerprint(path) for path in inputs if path}
-    content = json.dumps({key: value for key, value in args.items() if key not in harmless}, ensure_ascii=False)
-    paths = "|".join(map(re.escape, inputs)) or "$."  # each is a value, or a part of one: "NAME=path,path"
-    content = json.loads(re.sub(f'(?<=[",=])({paths})(?=,|"[^:])', lambda found: inputs[found[0]], content))
-    content |= {f"input {k}, {Path(path).name}": inputs[path] for k, path in enumerate(inputs, 1)}
+    """None if OUT is complete, else a function that makes OUT.partial. ValueError if either is of other content, but
+    for OUT with the key `rewritable`, OUT.partial without checkpoints. inputs: {what: its paths}; they may be moved."""
+    beside = "out replicas save_every tokens_per_forward replay checkpoint_layers compile prefs eval".split()
+    mark = lambda path: f"{os.path.basename(os.path.abspath(path))} {fingerprint(path)}"
+    content = {key: value for key, value in args.items() if key not in beside}
+    content |= {what: [mark(path) for path in paths if path] for what, paths in inputs.items()}
     done, partial = Path(out), Path(f"{out}.partial")
     check((done / "args.json").exists() or not done.exists(), f"{out} is not of this script; choose another --out")
     for folder in (f for f in (done, partial) if (f / "args.json").exists()):
@@ -437,7 +435,7 @@ def main(args):
         form = re.fullmatch(r"(\w[\w.-]*)=(.+)", item)
         check(form and f"eval/{form[1]}" not in jobs, f"--eval {item}: wanted NAME=SOURCE, once")
         jobs[f"eval/{form[1]}"] = form[2]
-    inputs = [args.model, *",".join([*jobs.values(), held_out]).split(",")]
+    inputs = {k: x.split(",") for k, x in dict(jobs, model=args.model, exclude_prompts_from=held_out).items()}
     make = tempfile.mkdtemp if args.dry_run else begin(args.out, vars(args), inputs)
     if make is None:
         return print(f"{args.out} is complete")

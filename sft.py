@@ -418,7 +418,7 @@ def start(args, reward=False, files=(), **also):
         check(tok.pad_token_id is not None, f"{args.data}: its tokenizer has no token to pad with")
     if args.optimizer == "adamw8bit":
         also["processes"] = [dist.get_world_size(), args.replicas]
-    make = begin(args.out, vars(args) | also, [args.data, args.model, *files])
+    make = begin(args.out, vars(args) | also, dict(data=[args.data], model=[args.model], margins=files))
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
         return print0(f"{args.out} is complete")
