@@ -435,7 +435,7 @@ def main(args):
         form = re.fullmatch(r"(\w[\w.-]*)=(.+)", item)
         check(form and f"eval/{form[1]}" not in jobs, f"--eval {item}: wanted NAME=SOURCE, once")
         jobs[f"eval/{form[1]}"] = form[2]
-    inputs = {k: x.split(",") for k, x in dict(jobs, model=args.model, exclude_prompts_from=held_out).items()}
+    inputs = dict(model=[args.model]) | {k: x.split(",") for k, x in dict(jobs, exclude_prompts_from=held_out).items()}
     make = tempfile.mkdtemp if args.dry_run else begin(args.out, vars(args), inputs)
     if make is None:
         return print(f"{args.out} is complete")
