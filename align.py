@@ -372,14 +372,14 @@ def configure(name, settings):
             raise ValueError(f"--hp {setting}: wanted {key}=VALUE, a {kind.__name__}") from None
     lengths = torch.tensor([[2, 3], [3, 2], [2, 2], [2, 2], [3, 2]]).double()  # w, l, heads, kl
     average = torch.tensor([[-1, -3], [-2, -2.5], [-1, -4], [-3, -2], [-1.5, -2.5]])
-    leaf, ref, gap = (average * lengths).requires_grad_(), torch.zeros_like(lengths), torch.ones(2)
+    leaf, ref, gap = (average * lengths).requires_grad_(), average.flip(1) * lengths, lengths[0]
     both, *alone = (apply_loss(function, hp, 0.0, lengths, ref, gap, {}, leaf[:, here], here)[0]
                     for here in ([0, 1], [0], [1]))
     check(torch.cat([both, *alone]).isfinite().all(),
           f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
     check(function.batch or both.allclose(torch.cat(alone)),
           f"{name} looks across pairs: @loss(batch=True)")
-    check(torch.autograd.grad(both.sum(), leaf)[0].any(), f"{name} {hp} has no gradient: detached?")
+    check(torch.autograd.grad(both.sum(), leaf)[0].any(), f"{name} {hp}: no gradient, detached?")
     return function, hp
 
 def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):

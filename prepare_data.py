@@ -390,8 +390,8 @@ def fingerprint(path, whole=False):
     return digest.hexdigest()[:16] if top.exists() else str(path)  # a hub id is its own
 
 def begin(out, args, inputs, rewritable=None):
-    """None if OUT is complete, else a function that makes OUT.partial. ValueError if either is of other content, but
-    for OUT with the key `rewritable`, OUT.partial without checkpoints. inputs: {what: its paths}; they may be moved."""
+    """None if OUT is complete, else a function that makes OUT.partial. Other content in them is a ValueError, except
+    in OUT with the key `rewritable` or OUT.partial without checkpoints. inputs: {what: paths}; moved, not renamed."""
     beside = "out replicas save_every tokens_per_forward replay checkpoint_layers compile prefs eval".split()
     mark = lambda path: f"{os.path.basename(os.path.abspath(path))} {fingerprint(path)}"
     content = {key: value for key, value in args.items() if key not in beside}

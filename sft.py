@@ -68,7 +68,7 @@ def on_rank0(function, *args, what=""):
 print0 = lambda *text: on_rank0(lambda: print(*text, flush=True))
 
 # ---------------------------------------------------------------------- the model and its scores
-# response tokens whose logits exist at the same time; on a CPU fewer, if they are over 8 MiB
+# response tokens whose logits exist at the same time; on a CPU 8 MiB of them, or 256 tokens
 head_chunk = lambda size: 1024 if torch.cuda.is_available() else max(256, min(1024, 2**21 // size))
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions"}  # to attention
 def attend(module, query, key, value, attention_mask, scaling, layout=None, dropout=0.0,

@@ -325,6 +325,8 @@ MISTAKES = {  # what somebody might write under @loss: (the function, batch, wha
     "reduced": (lambda pi: (pi.l - pi.w).mean(), False, "must return (G,) losses"),
     "nothing returned": (lambda pi: None, False, "must return (G,) losses"),
     "across pairs": (lambda pi: (pi.l - pi.w) - (pi.l - pi.w).mean(), False, "batch=True"),
+    "across references": (lambda pi, ref: (pi.l - pi.w) - (ref.l - ref.w).mean(), False, "batch=True"),
+    "across gaps": (lambda pi, gap: (pi.l - pi.w) * gap / gap.mean(), False, "batch=True"),
     "detached": (detached, False, "no gradient"), "lengths alone": (lambda pi: pi.nw - pi.nl, False, "no gradient"),
     "not a number": (lambda pi, *, beta=0.0: (pi.l - pi.w) / beta, False, "not finite"),
     "nothing for one pair": (lambda pi: pi.l - pi.w - ((pi.w - pi.w.mean()) / pi.w.std()).detach(), True, "or for one (a last batch may be)"),
