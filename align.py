@@ -551,8 +551,7 @@ def main(args):
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]
         check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
         pairs = [(*pair[:3], margin) for pair, margin in zip(pairs, margins["margins"])]
-    ready = start(args, reward, [args.margins], hp=hp, code_of_the_loss=code_of(function))
-    if not ready:
+    if not (ready := start(args, reward, args.margins, hp=hp, code_of_the_loss=code_of(function))):
         return
     device, data, tok, scorer, optimizer, partial = ready
     epoch = math.ceil(len(pairs) / args.batch_size)

@@ -392,9 +392,9 @@ def fingerprint(path, whole=False):
 def begin(out, args, inputs, rewritable=None):
     """None if OUT is complete, else a function that makes OUT.partial. Other content in them is a ValueError, except
     in OUT with the key `rewritable` or OUT.partial without checkpoints. inputs: {what: paths}; moved, not renamed."""
-    beside = "out replicas save_every tokens_per_forward replay checkpoint_layers compile prefs eval".split()
-    mark = lambda path: f"{os.path.basename(os.path.abspath(path))} {fingerprint(path)}"
-    content = {key: value for key, value in args.items() if key not in beside}
+    harmless = "out replicas save_every tokens_per_forward replay checkpoint_layers compile".split()
+    mark = functools.cache(lambda path: f"{os.path.basename(os.path.abspath(path))} {fingerprint(path)}")
+    content = {key: value for key, value in args.items() if key not in harmless}
     content |= {what: [mark(path) for path in paths if path] for what, paths in inputs.items()}
     done, partial = Path(out), Path(f"{out}.partial")
     check((done / "args.json").exists() or not done.exists(), f"{out} is not of this script; choose another --out")
@@ -435,7 +435,8 @@ def main(args):
         form = re.fullmatch(r"(\w[\w.-]*)=(.+)", item)
         check(form and f"eval/{form[1]}" not in jobs, f"--eval {item}: wanted NAME=SOURCE, once")
         jobs[f"eval/{form[1]}"] = form[2]
-    inputs = dict(model=[args.model]) | {k: x.split(",") for k, x in dict(jobs, exclude_prompts_from=held_out).items()}
+    inputs = {k: x.split(",") for k, x in dict(jobs, exclude_prompts_from=held_out).items()}
+    inputs |= dict(model=[args.model], prefs=[], eval=[])  # the last two are among jobs, by their sets
     make = tempfile.mkdtemp if args.dry_run else begin(args.out, vars(args), inputs)
     if make is None:
         return print(f"{args.out} is complete")

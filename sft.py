@@ -401,9 +401,9 @@ def check_vocabulary(data, model):
     check(not vocab or vocab[0] == vocab[-1] and len(vocab[0]) <= size,
           f"{data} was prepared with another tokenizer than that of {model}")
 
-def start(args, reward=False, files=(), **also):
+def start(args, reward=False, margins=None, **also):
     """Device, rows, tokenizer, scorer, optimizer and OUT.partial of a trainer; None if OUT is
-    complete. Bad arguments fail here. files, also: what makes the result, besides args."""
+    complete. Bad arguments fail here. margins, a file, also: what else makes the result."""
     device, rows = setup(), load_rows(args.data)
     positive = ("batch_size", "clip", "epochs", "lr", "replicas", "tokens_per_forward")
     for name, value in vars(args).items():
@@ -418,7 +418,7 @@ def start(args, reward=False, files=(), **also):
         check(tok.pad_token_id is not None, f"{args.data}: its tokenizer has no token to pad with")
     if args.optimizer == "adamw8bit":
         also["processes"] = [dist.get_world_size(), args.replicas]
-    make = begin(args.out, vars(args) | also, dict(data=[args.data], model=[args.model], margins=files))
+    make = begin(args.out, vars(args) | also, dict(data=[args.data], model=[args.model], margins=[margins]))
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
         return print0(f"{args.out} is complete")

@@ -90,7 +90,7 @@ def test_scores_and_gradients_are_those_of_transformers_alone(name, models):
             assert all(close(grads[n], g, 1e-4) for n, g in gradients.items() if g.norm() > 1e-3 * norm)
 
 
-def test_logits_that_exist_at_the_same_time_fit_a_cache():
+def test_a_cpu_has_logits_of_fewer_tokens_at_the_same_time_if_the_vocabulary_is_large():
     """On a CPU 1,024 tokens with 2,048 fp32 logits each are 8 MiB; of a larger vocabulary there are fewer tokens, but 256 at least."""
     assert [sft.head_chunk(size) for size in (512, 2048, 4096, 8192, 131072)] == [1024, 1024, 512, 256, 256]
 

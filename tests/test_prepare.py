@@ -422,15 +422,36 @@ def test_an_input_may_be_spelt_in_another_way(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows").write_text("x")
     monkeypatch.chdir(tmp_path / "data")
-    begin = lambda path: P.begin("../out", dict(data=path, eval=[f"T={path}"], lr=0.1), {"data": [path], "eval/T": [path, path]})
+    begin = lambda path: P.begin("../out", dict(data=path, eval=[f"T={path}"], lr=0.1), {"data": [path], "eval": [], "eval/T": [path, path]})
     begin(".")().rename("../out")
     assert all(begin(path) is None for path in (".", f"{tmp_path}/data", "../data", "./"))
     content = json.loads(Path("../out/args.json").read_text())["content"]
     mark = f"data {P.fingerprint('.')}"
-    assert content == {"data": [mark], "eval/T": [mark, mark], "lr": 0.1}
+    assert content == {"data": [mark], "eval": [], "eval/T": [mark, mark], "lr": 0.1}
     Path("rows").write_text("y")
     with pytest.raises(ValueError, match="data: "):
         begin(".")
+
+
+def test_a_second_call_tells_its_sets_by_names_and_contents(toks, tmp_path, monkeypatch, capsys):
+    """Sources of --prefs and --eval may be spelt in another way; a set of another name or content is refused by the name of the set."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR) + "\n")
+    monkeypatch.chdir(tmp_path)
+    def prepare(prefs, test):
+        P.main(Namespace(model=str(tmp_path / "model"), sft=None, prefs=prefs, eval=[test], out="out", max_length=200, seed=0,
+                         exclude_prompts_from=None, dry_run=False, official_quirks=False))
+        return capsys.readouterr().out
+    next(iter(toks.values())).save_pretrained(tmp_path / "model")
+    assert "wrote out" in prepare("a.jsonl", "T=a.jsonl,a.jsonl")
+    assert prepare(f"{tmp_path}/a.jsonl", "T=./a.jsonl,a.jsonl") == "out is complete\n"
+    assert json.loads(Path("out/args.json").read_text())["prefs"] == "a.jsonl"
+    with pytest.raises(ValueError, match="of other arguments .eval/T: .*; eval/U: None -> "):
+        prepare("a.jsonl", "U=a.jsonl,a.jsonl")
+    with pytest.raises(ValueError, match="of other arguments .eval/T: "):
+        prepare("a.jsonl", "T=a.jsonl")
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR | dict(chosen="another")) + "\n")
+    with pytest.raises(ValueError, match="of other arguments .eval/T: .*; train: "):
+        prepare("a.jsonl", "T=a.jsonl,a.jsonl")
 
 
 def test_a_folder_of_others_is_refused(tmp_path):
