@@ -149,7 +149,6 @@ fi
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000} TOKENIZERS_PARALLELISM=false # spin shortly: else threads that wait take the cores of others
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores = $(getconf _NPROCESSORS_ONLN) / NPROC) > 0 ? cores : 1))}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824} # glibc: keep what is freed
 [ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-10} HF_DATASETS_DISABLE_PROGRESS_BARS=${HF_DATASETS_DISABLE_PROGRESS_BARS:-1} # in a log
 say() { printf '\n[%dm%02ds] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 align() { # NAME [ARGUMENT ...]: OUT/NAME from OUT/sft
