@@ -135,8 +135,8 @@ def cdpo(pi, ref, *, beta=0.1, eps=0.1):
 
 @loss
 def robust(pi, ref, *, beta=0.1, eps=0.1):
-    """[-(1 - eps) log s(x) + eps log s(-x)] / (1 - 2 eps), x DPO's logit: unbiased under flips of
-    probability eps < 1/2; not bounded below.  Robust DPO, 2403.00409, as in TRL."""
+    """[-(1 - eps) log s(x) + eps log s(-x)] / (1 - 2 eps), x DPO's logit; not bounded below.
+    Unbiased under flips of probability eps < 1/2.  Robust DPO, arXiv 2403.00409, as in TRL."""
     x = beta * ((pi.w - ref.w) - (pi.l - ref.l))
     return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)
 
@@ -166,16 +166,16 @@ def rdpo(pi, ref, *, beta=0.1, alpha=0.05):
 
 @loss
 def ld_dpo(pi, ref, pi_head, ref_head, *, beta=0.1, alpha=0.5):
-    """DPO on head + alpha * (sum - head), head: the first min(nw, nl) tokens.  LD-DPO, arXiv
-    2409.06411, as TRL has it: for the reference too."""
+    """DPO on head + alpha * (sum - head), head: of the first min(nw, nl) tokens; reference too.
+    LD-DPO, arXiv 2409.06411, as TRL has it."""
     w, l = ((1 - alpha) * h + alpha * s for h, s in zip(pi_head[:2], pi[:2]))
     ref_w, ref_l = ((1 - alpha) * h + alpha * s for h, s in zip(ref_head[:2], ref[:2]))
     return -F.logsigmoid(beta * ((w - ref_w) - (l - ref_l)))
 
 @loss
 def wpo(pi, ref, pi_square, *, beta=0.01):
-    """weight * DPO, weight = min(1, e^(s_w + s_l)), detached; s = mean of log pi(y) - log sum_v
-    pi(v)^2 over tokens y.  WPO, arXiv 2406.11827, as the official code has it (TRL: no min)."""
+    """weight * DPO, weight = min(1, e^(s_w + s_l)), detached.  WPO, arXiv 2406.11827, official
+    code (TRL: no min). s: mean over the tokens y of log pi(y) - log sum_v pi(v)^2."""
     w, l = ((p - q) / n for p, q, n in zip(pi[:2], pi_square[:2], pi[2:]))
     weight = (w + l).detach().clamp(max=0.0).exp()
     return -weight * F.logsigmoid(beta * ((pi.w - ref.w) - (pi.l - ref.l)))
@@ -379,7 +379,8 @@ def configure(name, settings):
           f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
     check(function.batch or both.allclose(torch.cat(alone)),
           f"{name} looks across pairs: @loss(batch=True)")
-    check(torch.autograd.grad(both.sum(), leaf)[0].any(), f"{name} {hp}: no gradient, detached?")
+    check(torch.autograd.grad(both.sum(), leaf)[0].any(),
+          f"{name} --hp {hp}: no gradient for two pairs, of r = 1 and -0.5; detached?")
     return function, hp
 
 def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
@@ -407,7 +408,7 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
 
 def code_of(function, *above):
     """Hash of a loss, but for its docstring, and of the functions and constants that it names."""
-    text = inspect.getsource(function).replace(function.__doc__ or "@loss", "").replace("@loss", "")
+    text = re.sub(r'(?s)@loss|""".*?"""', "", inspect.getsource(function))
     for name in sorted({*re.findall(r"\w+", text)}):
         thing = globals().get(name)
         if inspect.isfunction(thing) and thing.__module__ == __name__:
@@ -531,10 +532,9 @@ def describe(losses, logps, grads, lengths):
     r, total = average[0] - average[1], logps[0] - logps[1]
     force = grads.abs().sum(0)  # (G,) |dL/dw| + |dL/dl|
     barely = (r > 0) & (r <= r.mean())
-    out = dict(loss=losses.mean(), accuracy=(r > 0).double().mean(), margin=r.mean(),
-               accuracy_sum=(total > 0).double().mean(), margin_std=r.std(correction=0),
-               margin_sum=total.mean(),
-               logp_chosen=average[0].mean(), logp_rejected=average[1].mean())
+    out = dict(loss=losses.mean(), logp_chosen=average[0].mean(), logp_rejected=average[1].mean(),
+               accuracy=(r > 0).double().mean(), accuracy_sum=(total > 0).double().mean(),
+               margin=r.mean(), margin_sum=total.mean(), margin_std=r.std(correction=0))
     for name, pairs in dict(misranked=r <= 0, barely=barely, well=(r > 0) & ~barely).items():
         out[f"pairs_{name}"] = pairs.double().mean()
         out[f"grad_{name}"] = (force * pairs).sum() / force.sum().clamp(min=1e-300)

@@ -33,18 +33,18 @@ from sft import check_vocabulary, load_model, load_rows, on_rank0, plan, print0,
 @torch.no_grad()
 def score_set(scorer, data, budget, device, desc):
     """Summed log-probs in nats of all responses, a list for each row; the same on every rank."""
-    world, rank, scores = dist.get_world_size(), dist.get_rank(), []
-    every = [*zip(data["prompt"], data["responses"])]
-    for k in tqdm.trange(0, len(every), 256, desc=desc, unit=" rows", unit_scale=256, disable=rank > 0):
-        rows = every[k : k + 256]
+    every, scores = [*zip(data["prompt"], data["responses"])], []
+    bar = tqdm.tqdm(total=len(every), desc=desc, unit="row", disable=dist.get_rank() > 0)
+    while rows := every[len(scores) : len(scores) + 256]:
         full = torch.zeros(len(rows), max(len(rs) for _, rs in rows), device=device).double()
-        for micro in plan(rows, world, budget)[rank]:
+        for micro in plan(rows, dist.get_world_size(), budget)[dist.get_rank()]:
             out = score(scorer, rows, micro, device).split([len(rows[i][1]) for i in micro])
             for i, part in zip(micro, out):
                 full[i, : len(part)] = part
         dist.all_reduce(full)
         check(full.isfinite().all(), f"{desc}: a log-prob is not finite; the weights are broken")
         scores += [line[: len(rs)] for line, (_, rs) in zip(full.tolist(), rows)]
+        bar.update(len(rows))
     return scores
 
 def generate(path, prompts, args, device, desc):

@@ -258,7 +258,7 @@ def load_tokenizer(path):
     try:
         tok = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError):
-        raise ValueError(f"{path}: neither a model folder nor a hub id within reach") from None
+        raise ValueError(f"{path}: no tokenizer there, and no hub id within reach") from None
     tok.chat_template = tok.chat_template or PLAIN_TEMPLATE
     check(tok.eos_token_id is not None, f"{path}: the tokenizer has no end token (eos_token)")
     return tok

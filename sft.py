@@ -411,7 +411,7 @@ def start(args, reward=False, margins=None, **also):
         check(sound and (value or name not in positive), f"--{name.replace('_', '-')} {value}: out of range")
     check(dist.get_world_size() % args.replicas == 0, "--replicas must divide the processes")
     check_vocabulary(args.data, args.model)
-    tok = load_tokenizer(Path(args.data).parent / "tokenizer")
+    tok = load_tokenizer(Path(args.data).absolute().parent / "tokenizer")  # absolute: no hub id
     if reward:  # padding must not be taken for the end of an answer
         ids = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
         tok.pad_token_id = next((i for i in ids if i not in (None, end_of_turn(tok)[0])), None)

@@ -60,18 +60,18 @@ PLANS = dict(cpu=dict(
     scale=0.5, batch=16, tokens=2048, warm=0, timed=3, repeats=2,  # of real lengths; pairs a step; tokens a forward; steps; runs
     sides=CPU_SIDES, matmul=2048, ablation_warm=1, ablation_timed=1,  # rows of the matrices of the peak; steps
     compiled=bool(shutil.which("g++")),  # rows with compiled layers too
-    small=SHAPES["1M"], lengths=(256, 512, 1024, 2048, 4096, 8192), vocabularies=(8192, 32768, 131072), long=2048,
+    loaded=SHAPES["1B"], small=SHAPES["1M"], lengths=(256, 512, 1024, 2048, 4096, 8192), vocabularies=(8192, 32768, 131072), long=2048,
     processes=((1, 1), (1, 2), (2, 1)),  # (processes, threads of each)
     prompts=24, rm_bench="", eval_tokens=4096, inline=False))  # RM-Bench's, its folder; tokens a forward; jobs inside this process
 PLANS["cuda"] = PLANS["cpu"] | dict(
     shape=SHAPES["8B"], weights="bfloat16", optimizer="adamw8bit", lr=1e-6, scale=1.0, batch=32, tokens=4096, warm=3, timed=10,
-    sides=CUDA_SIDES, matmul=8192, ablation_warm=1, ablation_timed=3, small=SHAPES["1B"], processes=((1, 4), (2, 4), (4, 4), (8, 4)),
-    prompts=64, eval_tokens=16384)
-PLANS["cuda-1b"] = PLANS["cuda"] | dict(shape=SHAPES["1B"], optimizer="adamw", tokens=16384)
+    sides=CUDA_SIDES, matmul=8192, ablation_warm=1, ablation_timed=3, loaded=SHAPES["8B"], small=SHAPES["1B"],
+    processes=((1, 4), (2, 4), (4, 4), (8, 4)), prompts=64, eval_tokens=16384)
+PLANS["cuda-1b"] = PLANS["cuda"] | dict(shape=SHAPES["1B"], loaded=SHAPES["1B"], optimizer="adamw", tokens=16384)
 PLANS["tiny"] = PLANS["cuda"] | dict(
     shape=SHAPES["tiny"], optimizer="adamw8bit" if installed("bitsandbytes") else "adamw", lr=1e-4, scale=0.05, batch=16, tokens=128,
-    warm=1, timed=2, repeats=1, matmul=64, ablation_timed=1, small=SHAPES["tiny"], lengths=(16, 32), vocabularies=(160, 320), long=32,
-    processes=((1, 1), (2, 1)), prompts=3, eval_tokens=256, inline=True, compiled=False)
+    warm=1, timed=2, repeats=1, matmul=64, ablation_timed=1, loaded=SHAPES["tiny"], small=SHAPES["tiny"], lengths=(16, 32),
+    vocabularies=(160, 320), long=32, processes=((1, 1), (2, 1)), prompts=3, eval_tokens=256, inline=True, compiled=False)
 LIMITS = dict(loss=0.01, norm=0.02, score=0.01) if CUDA else dict(loss=1e-4, norm=1e-3, score=1e-4)  # bf16, fp32; score: nats a token
 KIND, SECONDS = (3, "seconds") if CUDA else (2, "CPU-seconds")  # what ratios are of: its place in a step's record, its name
 MEMORY = "peak GiB, allocated, reserved" if CUDA else "peak GiB, resident"
@@ -214,6 +214,18 @@ def memory(plan):
     table(f"Steps of 2 pairs, one a forward, of two sequences of {n} tokens, a quarter of each their prompt", ["variant", MEMORY], [
         [kind, run if isinstance(run, str) else several(run["memory"])] for kind, run in zip(kinds, results)])
 
+def loading(plan):
+    """Start-up: a model read from a cached file, and its shards distributed."""
+    rows = []
+    for k, (n, threads) in enumerate([(1, None), *plan["processes"]]):  # the first writes the model, and is no row
+        if CUDA and n > torch.cuda.device_count():
+            rows.append([n, threads, "unmeasured: too few GPUs"])
+            continue
+        seconds, (first, *others), size = job(plan, "loading", n, threads, shape=plan["loaded"])
+        rows += [[n, threads, f"{seconds:.1f}", several(first), several(max(others, default=[]))]] * (k > 0)
+    table(f"Loading and sharding {size / 1e9:.2f} billion parameters", [
+        "processes", "threads of each", "seconds", f"{MEMORY}, first process", "the largest of the others"], rows)
+
 def growth(plan):
     """Cost over sequence lengths, processes and vocabularies."""
     longest, rows, base = max(plan["lengths"]), [], None
@@ -285,7 +297,8 @@ def hardware():
     return ", ".join([*gpu, f"{len(os.sched_getaffinity(0))} cores of {models[0]}", python, *packages])
 
 def main():
-    parts = dict(trl=trl, ablation=ablation, memory=memory, growth=growth, evaluation=evaluation, profile=profile, spread=spread)
+    parts = (trl, ablation, memory, loading, growth, evaluation, profile, spread)
+    parts = {part.__name__: part for part in parts}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", choices=PLANS, default="cuda" if CUDA else "cpu", help="all sizes (that of the device)")
     parser.add_argument("--only", choices=parts, action="append", help="a part; repeatable (all)")

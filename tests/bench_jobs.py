@@ -87,6 +87,16 @@ def peak(reset=False):
     gpu = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if CUDA else []
     return [x / 2**30 for x in gpu or [getrusage(RUSAGE_SELF).ru_maxrss * 1024]]
 
+def loading(plan, shape):
+    """Seconds until every process has its shard of a model, peak memory of each, and the model's number of parameters."""
+    make(plan, shape)
+    begin = clock()
+    _, scorer = load(plan, shape)
+    dist.barrier()
+    seconds, memory = since(begin)[1], [None] * dist.get_world_size()
+    dist.all_gather_object(memory, peak())
+    return seconds, memory, sum(p.numel() for p in scorer.parameters())
+
 def matmul(plan):
     """FLOP/s of this device's product of random square matrices, bf16 on a GPU, fp32 on a CPU: the best of 10."""
     a, spans = torch.randn(plan["matmul"], plan["matmul"], dtype=torch.bfloat16 if CUDA else torch.float32, device=DEVICE), []

@@ -262,6 +262,14 @@ def test_damaged_data_is_one_line_that_names_it(name, content, align, data, tmp_
     assert str(tmp_path / "d") in line and [f.name for f in tmp_path.iterdir()] == ["d"]
 
 
+def test_data_without_a_tokenizer_names_where_it_should_be(align, data, tmp_path, monkeypatch):
+    """By an absolute path: transformers would ask the hub for `moved/tokenizer`, for most of a minute if there is no network."""
+    shutil.copytree(data / "train", tmp_path / "moved/train")
+    monkeypatch.chdir(tmp_path)
+    line = refused(*align(tmp_path / "o", *SHORT), "--data", "moved/train")
+    assert f"{tmp_path}/moved/tokenizer: no tokenizer there" in line
+
+
 def test_a_token_id_outside_the_vocabulary_is_named(align, data, models, tmp_path):
     """Rows that prepare_data.py did not write: no tokenizer beside them that could be compared."""
     rows = load_rows(data / "train").to_list()
