@@ -392,7 +392,7 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     of = lambda x, rows: Logps(*x[rows], *n[rows])
     supply = dict(pi=of(leaf, two), pi_head=of(leaf, head), kl=(leaf[last] - ref[last]).detach(),
                   ref=of(ref, two), ref_head=of(ref, head), gap=gap[here], state=state,
-                  pi_square=of(leaf[-len(n) :].detach(), two))
+                  pi_square=of(leaf[-len(n) :].detach(), two))  # the last K of 2 K rows
     try:
         out = function(*(supply[k] for k in function.wants), **hp)
     except ValueError as error:

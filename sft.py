@@ -84,7 +84,7 @@ def attend(module, query, key, value, attention_mask, scaling, layout=None, drop
     if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
         out = torch.ops.aten._flash_attention_forward(  # the last query sees the last key
             q, k, v, *layout.ends, *layout.longest, 0.0, True, False, scale=scaling,
-            window_size_left=(sliding_window or 0) - 1, window_size_right=0)[0]
+            window_size_left=(sliding_window or 0) - 1, window_size_right=0)[0]  # -1: no window
     else:
         out = attend_blocks(q, k, v, layout, scaling, sliding_window or len(k), softcap)
     return out[None], None
@@ -227,7 +227,7 @@ def pack(rows, flash):
             ids += response
     ids, source, target, owner = map(torch.tensor, (ids, source, target, owner))
     last, lengths = torch.tensor([(seq[-1], len(seq)) for seq in places]).T
-    ends = F.pad(torch.stack([last + 1, lengths.cumsum(0)]), (1, 0)).int()
+    ends = F.pad(torch.stack([last + 1, lengths.cumsum(0)]), (1, 0)).int()  # a prompt asks once
     flat, blocks, positions, back = [], [], torch.empty_like(ids), torch.empty_like(ids)
     for seq in places if flash else sorted(places, key=len, reverse=True):
         if flash or not blocks or len(seq) < 0.8 * blocks[-1][1]:
