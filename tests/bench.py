@@ -1,6 +1,6 @@
 """What the stages cost: beside TRL, without each of their techniques, as sizes grow, in evaluation, and where a step's time goes.
 
-    bash run_all.sh bench                                    # everything; 2 cores: 20 minutes; a GPU: the plan `cuda`, Llama-3-8B's shape
+    bash run_all.sh bench                                    # everything; 2 cores: 30 minutes; a GPU: the plan `cuda`, Llama-3-8B's shape
     python tests/bench.py --only trl --side dpo-trl-best     # one part, and of it one side beside ours
     python tests/bench.py --only ablation --set batch=8 --folder F      # another number in the plan; F keeps the models
     python tests/bench.py --plan tiny                        # everything in seconds, on any device: does it run? its numbers mean nothing
