@@ -495,8 +495,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     The step is done in windows. The graphs of a window are kept until its losses are known:
       a loss of single pairs   a window is one micro-batch of every rank
       a loss of the batch      it is the whole step
-      replay                   a pass without graphs gives all losses; then each micro-batch is run
-                               again and gets its own slice of dL/dlogp"""
+      replay                   all losses by a pass without graphs; then one micro-batch at a time"""
     world, size = dist.get_world_size(), len(rows)
     shares = plan(rows, world, budget)
     micros = shares[dist.get_rank()]
@@ -522,8 +521,9 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
             settle(window, outs)
-        mine = [world * grads[:, on_device(micros[k], device)].T.flatten() for k in window]
-        torch.autograd.backward(outs, [g.to(x.dtype) for g, x in zip(mine, outs)])  # FSDP averages
+        for k, out in reversed([*zip(window, outs)]):  # one by one: the sum is of fp32 gradients
+            scorer.set_is_last_backward(k == window[0])  # until then FSDP knows what to fetch next
+            out.backward((world * grads[:, on_device(micros[k], device)].T.flatten()).to(out.dtype))
     return losses, logps, grads, state
 
 def describe(losses, logps, grads, lengths):

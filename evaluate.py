@@ -14,6 +14,7 @@ Writes OUT/results.json, results.md, figures.png and scores/MODEL/SET.json: the 
 as RM-Bench's compute_accuracy reads them. --generate N samples responses to N prompts of each set.
 """
 
+import gc
 import json
 import math
 import os
@@ -205,8 +206,7 @@ def measure(data, scores, base=None):
         out["Avg"] = dict(accuracy=fmean(x["accuracy"] for x in main),
                           domains={d: fmean(x["domains"][d] for x in main) for d in shared})
     if not any(data["style"]) and max(map(len, data["scores"])) > 2:
-        taus = [kendall_tau(*row) for row in zip(data["scores"], scores)]
-        taus = [tau for tau in taus if tau is not None]
+        taus = [tau for row in zip(data["scores"], scores) if (tau := kendall_tau(*row)) is not None]
         next(iter(out.values()))["tau"] = sum(taus) / max(1, len(taus))
     return out
 
@@ -366,8 +366,7 @@ def main(args):
     inputs = dict(data=[args.data], prompts=[args.prompts], ref=[args.ref], models=args.models)
     make = begin(args.out, vars(args), inputs, rewritable="models")
     if make is None:
-        print0(f"{args.out} is complete")
-        return tabulate([args.out], args.out, logs)
+        return print0(f"{args.out} is complete") or tabulate([args.out], args.out, logs)
     ref = [*models][0] if args.ref else None
     kinds = ["average", "sum", "implicit"][: 3 if ref else 2]
     rows = [dict(zip(d, x)) for d in sets.values() for x in [*zip(*d.values())][: args.generate]]
@@ -399,6 +398,7 @@ def main(args):
             drawn = dict(prompt=prompts, responses=[[ids] for ids, _ in samples[x]])
             logps[m, x] = score_set(scorer, drawn, budget, device, f"{m}: samples of {x}")
         del scorer
+        gc.collect()  # FSDP's modules refer to each other
         if samples:
             results["generation"][m], rewards[m], files[f"samples-{m}.json"] = judge_samples(
                 load_tokenizer(path), rows, samples[m], logps[m, m], logps.get((ref, m)), rewards.get(ref))

@@ -81,7 +81,7 @@ def attend(module, query, key, value, attention_mask, scaling, layout=None, drop
     check(not others, f"attention has no {others} here: take another model")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, ., D)
     k, v = (x.index_select(0, layout.flat) for x in (k, v))  # (M, K, D)
-    if q.is_cuda and softcap is None:  # what torch.nn.attention.varlen calls; this op knows GQA
+    if q.is_cuda and q.dtype != torch.float32 and softcap is None:  # torch's varlen_attn, with GQA
         out = torch.ops.aten._flash_attention_forward(  # the last query sees the last key
             q, k, v, *layout.ends, *layout.longest, 0.0, True, False, scale=scaling,
             window_size_left=(sliding_window or 0) - 1, window_size_right=0)[0]  # -1: no window

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +34,12 @@ from bench_jobs import BATCHES, CUDA, VARIANTS, batch_indices
 
 def installed(name):
     return importlib.util.find_spec(name) is not None
+
+def release(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a folder on the path
+        return "of some version"
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary, tied embeddings
     "8B": (4096, 14336, 32, 32, 8, 128256, False), "1B": (2048, 8192, 16, 32, 8, 128256, True),  # Llama-3-8B, Llama-3.2-1B
@@ -291,7 +297,7 @@ def spread(plan):
 def hardware():
     """What this ran on, in a line."""
     models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] or [platform.machine()]
-    packages = [f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "bitsandbytes") if installed(name)]
+    packages = [f"{name} {release(name)}" for name in ("torch", "transformers", "trl", "bitsandbytes") if installed(name)]
     gpu = [torch.cuda.get_device_name()] if CUDA else []
     python = f"Python {platform.python_version()}"
     return ", ".join([*gpu, f"{len(os.sched_getaffinity(0))} cores of {models[0]}", python, *packages])

@@ -1,4 +1,5 @@
-"""What the tests share: tiny models of five architectures, a small prepared data folder, ways to run a stage. No network, CPU only."""
+"""What the tests share: tiny models of five architectures, a small prepared data folder, ways to run a stage. No network, CPU only, but for
+the tests marked `needs_gpu`: those run what they test in a process of its own, which sees the GPU."""
 
 import json
 import os
@@ -11,7 +12,7 @@ from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ |= dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ |= dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=os.environ.get("TEST_GPU", ""), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -21,6 +22,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 
+has_gpu = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout.startswith("GPU")
+needs_gpu = pytest.mark.skipif(not has_gpu, reason="no CUDA device")
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 
 

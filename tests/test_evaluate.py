@@ -5,6 +5,7 @@ and from a saved model to results.md, every score equal to a plain transformers 
 """
 
 import itertools
+import gc
 import json
 import math
 import random
@@ -326,6 +327,26 @@ def test_a_copy_of_the_reference_ties_everywhere(world):
         for column in columns:
             implicit, average = results["implicit"][name][column], results["average"][name][column]
             assert (implicit["accuracy"], implicit["ties"], average["won"], average["lost"]) == (0, 1, 0, 0)
+
+
+def test_one_model_at_a_time_is_in_memory(world, tmp_path, monkeypatch):
+    """A sharded module is part of reference cycles: without a collection it would stay until the next one by chance."""
+    import sft
+
+    alive, load = [], sft.load_model
+
+    def count(*args, **kwargs):
+        alive.append(sum(isinstance(x, sft.Scorer) for x in gc.get_objects()))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(sft, "load_model", count)
+    gc.collect()
+    gc.disable()
+    try:
+        run_here("evaluate.py", world / "b", world / "copy", "--ref", world / "a", "--data", world / "eval", "--out", tmp_path / "o")
+    finally:
+        gc.enable()
+    assert alive == [alive[0]] * 3
 
 
 def test_the_table_has_a_row_for_every_model_and_kind(world, results):
