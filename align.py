@@ -52,7 +52,7 @@ def loss(function=None, *, batch=False):
     Positional parameters name what the loop supplies: `pi`, the policy's Logps; `ref`, the
     reference's (computed once, cached); `pi_head`, `ref_head`, those of the first min(nw, nl)
     tokens; `pi_square`, sums of log sum_v pi(v)^2 over the tokens v, detached; `kl` (G,), policy
-    minus reference log-prob of the next row's chosen response; `gap` (G,), the score difference
+    minus reference log-prob of the next row's best response; `gap` (G,), the score difference
     of each pair, or its --margins; `state`, for batch=True, a dict of 0-d float64 tensors, {} at
     first: such a loss returns (losses, new state). Keyword-only parameters are hyper-parameters."""
     if function is None:
@@ -60,17 +60,17 @@ def loss(function=None, *, batch=False):
     parameters = inspect.signature(function).parameters.items()
     function.wants = [k for k, p in parameters if p.kind is not p.KEYWORD_ONLY]
     function.hp = {k: p.default for k, p in parameters if p.kind is p.KEYWORD_ONLY}
-    function.batch = batch
-    check(function.__name__ not in LOSSES, f"two losses are called {function.__name__}", SystemExit)
-    return LOSSES.setdefault(function.__name__, function)
+    function.batch, name = batch, function.__name__
+    check(name not in {*LOSSES, *globals()}, f"@loss: align.py has another {name}", SystemExit)
+    return LOSSES.setdefault(name, function)
 
-# ----- AMaPO: push the pairs below the batch mean, leave the others alone
+# ----- AMaPO: a margin for the pairs below the batch mean, none for the others
 @loss(batch=True)
 def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True):
     """-log s(beta * r - margin); margin = beta * exp(z * mu) if r < mu else 0, z = (mu - r) / std.
     AMaPO, arXiv 2511.09385, as the official code has it. Reference-free.
 
-    mu, std: mean and unbiased deviation of r over the batch. Pairs above the mean are left alone;
+    mu, std: mean and unbiased deviation of r over the batch. Pairs above the mean have no margin;
     those below are pushed, the harder the further below. The margin has no gradient.
     group: statistics over this many consecutive pairs, 0: the whole global batch. Official: one
       gathered micro-batch (8 or 4 of 128 pairs), so that the loss changes with the number of GPUs.
@@ -410,10 +410,10 @@ def code_of(function, *above):
     """Hash of a loss, but for its docstring, and of the functions and constants that it names."""
     text = re.sub(r'(?s)@loss|""".*?"""', "", inspect.getsource(function))
     for name in sorted({*re.findall(r"\w+", text)}):
-        thing = globals().get(name)
+        thing = inspect.unwrap(globals().get(name))  # functools.cache and the like
         if inspect.isfunction(thing) and thing.__module__ == __name__:
             text += "" if thing in (function, *above) else code_of(thing, function, *above)
-        elif isinstance(thing, (int, float, str, tuple, list, dict)) and thing is not LOSSES:
+        elif isinstance(thing, (int, float, str, tuple, list, dict, torch.Tensor)) and thing is not LOSSES:
             text += repr(thing)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -447,7 +447,7 @@ def fetch(data, pairs, index, supply):
 
 def gather(outs, mine, shape, device):
     """Log-probs (K, G) in data order, the same on every rank. outs: this rank's, of the pairs at
-    the positions `mine`, written into zeros; the sum over ranks is exact, and float64 free."""
+    the positions `mine`, written into zeros in float64: the sum over ranks is exact."""
     full = torch.zeros(shape, dtype=torch.float64, device=device)
     full[:, on_device(mine, device)] = torch.cat(outs).detach().double().view(-1, shape[0]).T
     dist.all_reduce(full)
@@ -490,12 +490,12 @@ def reference_scores(scorer, data, pairs, supply, args, device, steps):
 def backward(scorer, rows, losses_of, batch, replay, budget, device):
     """Forward and backward of one global batch; the gradients add up in the parameters.
     rows: [(prompt, [K responses])] * G.  losses_of(leaf (K, g), here) -> losses (g,), state.
-    Returns losses (G,), logps (K, G) and dL/dlogp (K, G), L the mean over G pairs: float64, in data
-    order, equal on every rank; and the loss's new state.
+    Returns losses (G,), logps (K, G; 2 K with squares) and dL/dlogp, L the mean over G pairs: all
+    float64, in data order, equal on every rank; and the loss's new state.
     The step is done in windows. The graphs of a window are kept until its losses are known:
       a loss of single pairs   a window is one micro-batch of every rank
       a loss of the batch      it is the whole step
-      replay                   all losses by a pass without graphs; then one micro-batch at a time"""
+      replay                   all losses by a pass without graphs; then as for single pairs"""
     world, size = dist.get_world_size(), len(rows)
     shares = plan(rows, world, budget)
     micros = shares[dist.get_rank()]
@@ -521,8 +521,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
             settle(window, outs)
-        for k, out in reversed([*zip(window, outs)]):  # one by one: the sum is of fp32 gradients
-            scorer.set_is_last_backward(k == window[0])  # until then FSDP knows what to fetch next
+        for k, out in reversed([*zip(window, outs)]):  # all at once, the head's would add up in bf16
+            scorer.set_is_last_backward(k == window[0])  # when True, FSDP forgets what to prefetch
             out.backward((world * grads[:, on_device(micros[k], device)].T.flatten()).to(out.dtype))
     return losses, logps, grads, state
 
@@ -530,7 +530,7 @@ def describe(losses, logps, grads, lengths):
     """What metrics.jsonl says of one global batch; keys as in README.md. lengths (K, G)."""
     average = logps[:2] / lengths[:2]
     r, total = average[0] - average[1], logps[0] - logps[1]
-    force = grads.abs().sum(0)  # (G,) |dL/dw| + |dL/dl|
+    force = grads.abs().sum(0)  # (G,) |dL/dw| + |dL/dl|, and of heads where there are some
     barely = (r > 0) & (r <= r.mean())
     out = dict(loss=losses.mean(), logp_chosen=average[0].mean(), logp_rejected=average[1].mean(),
                accuracy=(r > 0).double().mean(), accuracy_sum=(total > 0).double().mean(),

@@ -76,7 +76,7 @@ def attend(module, query, key, value, attention_mask, scaling, layout=None, drop
     """Attention by the layout of `pack`, as transformers calls it: query (1, H, T, D), key, value
     (1, K, T, D) -> (1, T, H, D). What would change the maths is refused."""
     check(layout is not None, "this model does not pass `layout` on to its attention: take another")
-    others |= dict(mask=attention_mask, dropout=dropout or None)
+    others |= dict(mask=attention_mask, dropout=dropout or None)  # by our name, there is no mask
     others = {name for name in others if others[name] is not None} - HARMLESS
     check(not others, f"attention has no {others} here: take another model")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, ., D)
@@ -180,7 +180,7 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     for name, buffer in lm.named_buffers():  # rotary frequencies: not in any state dict
         buffer.copy_(on_rank0(lambda: full.get_buffer(name)))
     lm.generation_config = getattr(full, "generation_config", None)  # none: a reward model
-    getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # of 5.20
+    getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # till 5.19
     for k, layer in enumerate(lm.base_model.layers):
         layer.training = k < checkpointed  # recompute; dropout inside stays off
         if compiled:
@@ -227,7 +227,7 @@ def pack(rows, flash):
             ids += response
     ids, source, target, owner = map(torch.tensor, (ids, source, target, owner))
     last, lengths = torch.tensor([(seq[-1], len(seq)) for seq in places]).T
-    ends = F.pad(torch.stack([last + 1, lengths.cumsum(0)]), (1, 0)).int()  # a prompt asks once
+    ends = F.pad(torch.stack([last + 1, lengths.cumsum(0)]), (1, 0)).int()  # queries: a prompt once
     flat, blocks, positions, back = [], [], torch.empty_like(ids), torch.empty_like(ids)
     for seq in places if flash else sorted(places, key=len, reverse=True):
         if flash or not blocks or len(seq) < 0.8 * blocks[-1][1]:
@@ -290,7 +290,7 @@ def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), logps=()):
             local.grad = p.grad.to_local()
     optimizer.step()
     optimizer.zero_grad()
-    scorer.zero_grad()
+    scorer.zero_grad()  # of 8-bit AdamW the former has only local shards
     return norm, int(stop)
 
 def tensors(scorer, optimizer):
