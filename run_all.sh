@@ -65,7 +65,7 @@ llama3-instruct  amapo  --lr 1e-6 --hp beta=3.0 --replay
 EXPERIMENTS="
 compare    dpo simpo amapo                                                             |
 losses     EVERY                                                                       |
-ablation   dpo simpo@gamma=0 amapo amapo@form=paper amapo@znorm=false amapo@exp=false amapo@clip=false amapo@znorm=false,exp=false |
+ablation   dpo simpo@gamma=0 simpo@gamma=0,beta=10 amapo amapo@form=paper amapo@znorm=false amapo@exp=false amapo@clip=false amapo@znorm=false,exp=false |
 beta       dpo simpo@gamma=0 amapo@beta=1 amapo@beta=2 amapo@beta=2.5 amapo@beta=3 amapo@beta=5 amapo |
 batch      dpo simpo@gamma=0 amapo@batch-size=16 amapo@batch-size=32 amapo amapo@batch-size=128 amapo@group=4 amapo@group=8 |
 alpha      dpo simpo@gamma=0 simpo alphadpo@alpha=0 alphadpo alphadpo@alpha=0.1 alphadpo@alpha=0.2 alphadpo@alpha=0.3 amapo | --generate 100 --max-new-tokens 64
