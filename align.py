@@ -8,7 +8,7 @@ processes and the micro-batches.
     pi    = gather(logps)                                      # (G,) vectors, equal on every rank
     loss  = LOSSES[name](pi, ...).mean()                       # plain torch on a few hundred floats
     g     = torch.autograd.grad(loss, (pi.w, pi.l))            # dL/dlogp: one number per response
-    torch.autograd.backward(logps, my slice of g * world)      # FSDP averages over ranks
+    for x, d in zip(logps, my slice of g): x.backward(d * world)  # FSDP averages over ranks
 
     python align.py --loss amapo --hp beta=10 --model runs/toy/sft --data runs/toy/data/train \\
         --out runs/amapo --lr 3e-4 --batch-size 64             # toy world, 2 cores: half a minute
