@@ -521,7 +521,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
             settle(window, outs)
-        for k, out in reversed([*zip(window, outs)]):  # all at once, the head's would add up in bf16
+        for k, out in reversed([*zip(window, outs)]):  # in one pass the head's would add up in bf16
             scorer.set_is_last_backward(k == window[0])  # when True, FSDP forgets what to prefetch
             out.backward((world * grads[:, on_device(micros[k], device)].T.flatten()).to(out.dtype))
     return losses, logps, grads, state

@@ -348,7 +348,7 @@ def tabulate(folders, out, logs):
         return results["ref"], tables_of(results)
     what = "{}/results.json: not of this evaluate.py: "
     refs, runs = zip(*[on_rank0(read, folder, what=what.format(folder)) for folder in folders])
-    on_rank0(write_tables, Path(out), merge(runs, [*refs, "dpo", "simpo", "simpo@gamma=0"]), logs)
+    on_rank0(write_tables, Path(out), merge(runs, [*refs, "dpo", "simpo", "simpo@gamma=0", "simpo@gamma=0,beta=10"]), logs)
 
 def main(args):
     device = setup()

@@ -76,7 +76,7 @@ def attend(module, query, key, value, attention_mask, scaling, layout=None, drop
     """Attention by the layout of `pack`, as transformers calls it: query (1, H, T, D), key, value
     (1, K, T, D) -> (1, T, H, D). What would change the maths is refused."""
     check(layout is not None, "this model does not pass `layout` on to its attention: take another")
-    others |= dict(mask=attention_mask, dropout=dropout or None)  # by our name, there is no mask
+    others |= dict(mask=attention_mask, dropout=dropout or None)  # for "packed" no mask is made
     others = {name for name in others if others[name] is not None} - HARMLESS
     check(not others, f"attention has no {others} here: take another model")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, ., D)

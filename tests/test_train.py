@@ -435,8 +435,8 @@ def test_bfloat16_folder_prints_the_share_of_changes_that_survive(align, models,
     assert 0 < kept < moved and share == pytest.approx(100 * kept / moved, abs=0.051)
 
 
-HALF = [("dpo", []), ("dpo", ["--replay", *SMALL]), ("amapo", SMALL), ("amapo", ["--replay", *SMALL]), ("amapo", ["--checkpoint-layers", 9]),
-        ("sft", SMALL), ("simpo", ["--optimizer", "adamw8bit"])]
+HALF = [("dpo", []), ("dpo", ["--replay", *SMALL]), ("amapo", []), ("amapo", SMALL), ("amapo", ["--replay", *SMALL]),
+        ("amapo", ["--checkpoint-layers", 9]), ("sft", SMALL), ("simpo", ["--optimizer", "adamw8bit"])]
 
 
 def assert_like_fp32(name, out, runs, models, tolerance):
@@ -450,6 +450,7 @@ def assert_like_fp32(name, out, runs, models, tolerance):
 @needs_gpu
 @pytest.mark.parametrize("name, more", [*HALF, ("simpo", ["--compile"]), ("amapo", ["--compile", "--checkpoint-layers", 1, *SMALL])])
 def test_on_a_gpu(name, more, align, sft, data, runs, models, tmp_path):
+    """A trainer in a process that sees the GPU, beside the fp32 run of the CPU."""
     shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("reference"))  # which is one of a CPU
     job = sft(tmp_path / "o", *SIX, *more) if name == "sft" else align(name, tmp_path / "o", *SIX, *more)
     job = command(*job, "--data", tmp_path / "data" / ("sft" if name == "sft" else "train"))
