@@ -346,9 +346,9 @@ def tabulate(folders, out, logs):
     def read(folder):
         results = json.loads((Path(folder) / "results.json").read_text())
         return results["ref"], tables_of(results)
-    what = "{}/results.json: not of this evaluate.py: "
-    refs, runs = zip(*[on_rank0(read, folder, what=what.format(folder)) for folder in folders])
-    on_rank0(write_tables, Path(out), merge(runs, [*refs, "dpo", "simpo", "simpo@gamma=0", "simpo@gamma=0,beta=10"]), logs)
+    refs, runs = zip(*[on_rank0(read, f, what=f"{f}/results.json: not of this evaluate.py: ") for f in folders])
+    bases = [*refs, "dpo", "simpo", "simpo@gamma=0", "simpo@gamma=0,beta=10"]
+    on_rank0(write_tables, Path(out), merge(runs, bases), logs)
 
 def main(args):
     device = setup()
