@@ -377,8 +377,7 @@ def configure(name, settings):
                     for here in ([0, 1], [0], [1]))
     check(torch.cat([both, *alone]).isfinite().all(),
           f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
-    check(function.batch or both.allclose(torch.cat(alone)),
-          f"{name} looks across pairs: @loss(batch=True)")
+    check(function.batch or both.allclose(torch.cat(alone)), f"{name} looks across pairs: @loss(batch=True)")
     check(torch.autograd.grad(both.sum(), leaf)[0].any(),
           f"{name} --hp {hp}: no gradient for two pairs, of r = 1 and -0.5; detached?")
     return function, hp
@@ -523,6 +522,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
             settle(window, outs)
         for k, out in reversed([*zip(window, outs)]):  # in one pass the head's would add up in bf16
             scorer.set_is_last_backward(k == window[0])  # when True, FSDP forgets what to prefetch
+            # till the last one of the step gradients add up in each replica, or the only process
+            scorer.set_gradient_sync(k == window[0] and step[-1] in window)
             out.backward((world * grads[:, on_device(micros[k], device)].T.flatten()).to(out.dtype))
     return losses, logps, grads, state
 
@@ -569,8 +570,7 @@ def main(args):
         began = time.monotonic()
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)
         rows, ids = fetch(data, pairs, index, supply)
-        lengths = torch.tensor([[len(r) for r in rs] for _, rs in rows], device=device).double().T
-        lengths = torch.ones_like(lengths) if reward else lengths  # (K, G)
+        lengths = torch.tensor([[1 if reward else len(r) for r in rs] for _, rs in rows], device=device).double().T
         ref = torch.zeros_like(lengths) if reference is None else reference[:, index]
         gap = lengths.new_tensor([pairs[i][3] for i in index])  # (G,)
         losses_of = functools.partial(apply_loss, function, hp, weight, lengths, ref, gap, state)

@@ -1,7 +1,5 @@
-"""Base model -> SFT model, by the negative log-likelihood of responses. Owns the model side of all
-stages: load, shard (FSDP2), pack, score, optimiser, checkpoints, save.
-
-    loss = - sum of log pi(y | x) over the responses of the global batch / their number of tokens
+"""Base model -> SFT model, by the mean of -log pi over all response tokens of the global batch.
+Owns the model side of all stages: load, shard (FSDP2), pack, score, optimiser, checkpoints, save.
 
     python sft.py --model runs/toy/data/model --data runs/toy/data/sft --out runs/sft \\
         --lr 3e-3 --batch-size 64                              # toy world, 2 cores: 1 minute
@@ -173,6 +171,7 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     policy = MixedPrecisionPolicy(torch.bfloat16 if device.type == "cuda" else None, torch.float32)
     for module in (*lm.base_model.layers, scorer):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    scorer.set_gradient_sync = scorer.set_requires_all_reduce if shape[1] > 1 else scorer.set_requires_gradient_sync
     scorer.to_empty(device=device)
     lm.tie_weights()
     options = whole.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -191,7 +190,7 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
 def batch_indices(n, batch_size, seed, step):
     """Data order, a pure function: where global batch `step` finds its items, permuted by epoch."""
     epoch, k = divmod(step, math.ceil(n / batch_size))
-    return random.Random(f"order {seed} {epoch}").sample(range(n), n)[k * batch_size : (k + 1) * batch_size]
+    return random.Random(f"order {seed} {epoch}").sample(range(n), n)[k * batch_size :][:batch_size]
 
 def plan(rows, world, budget):
     """The micro-batches of a step: result[rank][k] lists positions in `rows`. A pure function.
@@ -443,7 +442,8 @@ def main(args):
         rows = list(zip(batch["prompt"], batch["responses"]))
         tokens = sum(len(r) for _, rs in rows for r in rs)
         logps = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        for micro in plan(rows, world, args.tokens_per_forward)[rank]:
+        for k, micro in enumerate(micros := plan(rows, world, args.tokens_per_forward)[rank], 1):
+            scorer.set_gradient_sync(k == len(micros))
             out = score(scorer, rows, micro, device)
             (-out.sum() * world / tokens).backward()  # FSDP averages over ranks
             logps[on_device(micro, device)] = out.detach().double()

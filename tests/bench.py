@@ -67,17 +67,17 @@ PLANS = dict(cpu=dict(
     sides=CPU_SIDES, matmul=2048, ablation_warm=1, ablation_timed=1,  # rows of the matrices of the peak; steps
     compiled=bool(shutil.which("g++")),  # rows with compiled layers too
     loaded=SHAPES["1B"], small=SHAPES["1M"], lengths=(256, 512, 1024, 2048, 4096, 8192), vocabularies=(8192, 32768, 131072), long=2048,
-    processes=((1, 1), (1, 2), (2, 1)),  # (processes, threads of each)
+    processes=((1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 1, 2)),  # (processes, threads of each, copies of the model over them)
     prompts=24, rm_bench="", eval_tokens=4096, inline=False))  # RM-Bench's, its folder; tokens a forward; jobs inside this process
 PLANS["cuda"] = PLANS["cpu"] | dict(
     shape=SHAPES["8B"], weights="bfloat16", optimizer="adamw8bit", lr=1e-6, scale=1.0, batch=32, tokens=4096, warm=3, timed=10,
     sides=CUDA_SIDES, matmul=8192, ablation_warm=1, ablation_timed=3, loaded=SHAPES["8B"], small=SHAPES["1B"],
-    processes=((1, 4), (2, 4), (4, 4), (8, 4)), prompts=64, eval_tokens=16384)
+    processes=((1, 4, 1), (2, 4, 1), (4, 4, 1), (8, 4, 1), (8, 4, 2)), prompts=64, eval_tokens=16384)
 PLANS["cuda-1b"] = PLANS["cuda"] | dict(shape=SHAPES["1B"], loaded=SHAPES["1B"], optimizer="adamw", tokens=16384)
 PLANS["tiny"] = PLANS["cuda"] | dict(
     shape=SHAPES["tiny"], optimizer="adamw8bit" if installed("bitsandbytes") else "adamw", lr=1e-4, scale=0.05, batch=16, tokens=128,
     warm=1, timed=2, repeats=1, matmul=64, ablation_timed=1, loaded=SHAPES["tiny"], small=SHAPES["tiny"], lengths=(16, 32),
-    vocabularies=(160, 320), long=32, processes=((1, 1), (2, 1)), prompts=3, eval_tokens=256, inline=True, compiled=False)
+    vocabularies=(160, 320), long=32, processes=((1, 1, 1), (2, 1, 1), (2, 1, 2)), prompts=3, eval_tokens=256, inline=True, compiled=False)
 LIMITS = dict(loss=0.01, norm=0.02, score=0.01) if CUDA else dict(loss=1e-4, norm=1e-3, score=1e-4)  # bf16, fp32; score: nats a token
 KIND, SECONDS = (3, "seconds") if CUDA else (2, "CPU-seconds")  # what ratios are of: its place in a step's record, its name
 MEMORY = "peak GiB, allocated, reserved" if CUDA else "peak GiB, resident"
@@ -223,7 +223,7 @@ def memory(plan):
 def loading(plan):
     """Start-up: a model read from a cached file, and its shards distributed."""
     rows = []
-    for k, (n, threads) in enumerate([(1, None), *plan["processes"]]):  # the first writes the model, and is no row
+    for k, (n, threads, _) in enumerate([(1, None, 1), *(x for x in plan["processes"] if x[2] == 1)]):  # the first writes the model, and is no row
         if CUDA and n > torch.cuda.device_count():
             rows.append([n, threads, "unmeasured: too few GPUs"])
             continue
@@ -246,13 +246,13 @@ def growth(plan):
         "tokens of a sequence", "pairs", "pairs/s", "tokens/s", f"{SECONDS} / first"], rows)
 
     n, rows = plan["batch"], []
-    for processes, threads in plan["processes"]:
+    for processes, threads, copies in plan["processes"]:
         if CUDA and processes > torch.cuda.device_count():
-            rows.append([processes, threads, "unmeasured: too few GPUs"])
+            rows.append([processes, threads, copies, "unmeasured: too few GPUs"])
             continue
-        run = ours(plan, (ultrafeedback(n, plan["scale"]), n, 3, {}), n=processes, threads=threads)
-        rows.append([processes, threads, f"{2 * n / cost(run, 1, 3):.2f}"])
-    table(f"Processes, {n} pairs a step", ["processes", "threads of each", "pairs/s"], rows)
+        run = ours(plan, (ultrafeedback(n, plan["scale"]), n, 3, {}), n=processes, threads=threads, replicas=copies)
+        rows.append([processes, threads, copies, f"{2 * n / cost(run, 1, 3):.2f}"])
+    table(f"Processes, {n} pairs a step", ["processes", "threads of each", "copies of the model", "pairs/s"], rows)
 
     rows = []
     for vocabulary in plan["vocabularies"]:

@@ -62,10 +62,10 @@ def make(plan, shape):
         os.replace(f"{folder}.draft", folder)
     return str(folder)
 
-def load(plan, shape, checkpointed=0):
+def load(plan, shape, checkpointed=0, replicas=1):
     """(device, scorer), as the stages load them."""
     device = torch.device("cuda:0" if CUDA else "cpu") if dist.is_initialized() else sft.setup()
-    return device, sft.load_model(make(plan, shape), device, checkpointed)
+    return device, sft.load_model(make(plan, shape), device, checkpointed, replicas=replicas)
 
 def load_plain(plan, shape, dtype):
     """The same weights as transformers has them."""
@@ -165,11 +165,11 @@ def train(device, scorer, optimizer, data, batch, steps, tokens, loss="simpo", l
         out.append((mean, norm, *since(begin)))
     return dict(steps=out, memory=peak(), reference=reference)
 
-def ours(plan, shape, optimizer, runs):
+def ours(plan, shape, optimizer, runs, replicas=1):
     """A `train` for each of `runs`, (variant, sizes, arguments), all on one model; a text where it ran out of memory."""
     make(plan, shape)
     begin = clock()
-    device, scorer = load(plan, shape, checkpointed=shape[2])
+    device, scorer = load(plan, shape, shape[2], replicas)
     loading, optimizer, out = since(begin)[1], sft.make_optimizer(optimizer, scorer), []
     for variant, sizes, arguments in runs:
         patches, changes = VARIANTS[variant]

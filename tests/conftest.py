@@ -78,13 +78,22 @@ def run_stage(script, *args, n=1):
 DRIVER = """
 import json, os, runpy, sys
 import torch.distributed as dist
+all_reduce, sums = dist.all_reduce, []
+def counted(tensor, *args, group=None, **kwargs):
+    if group is not None:  # FSDP's, over replicas
+        sums.append(tensor.numel())
+    return all_reduce(tensor, *args, group=group, **kwargs)
+dist.all_reduce = counted
 dist.init_process_group("gloo")
 dist.init_process_group = lambda *args, **kwargs: None
 here, leave = os.getpid(), os._exit
 os._exit = lambda code: os.getpid() == here or leave(code)  # a stage ends so; this process goes on
 for argv in json.load(open(sys.argv[1])):
     sys.argv, sys.path[0] = argv, argv[0].rpartition("/")[0]
+    sums.clear()
     runpy.run_path(argv[0], run_name="__main__")
+    if dist.get_rank() == 0:
+        json.dump(sums, open(argv[argv.index("--out") + 1] + ".sums", "w"))
 sys.stdout.flush()
 leave(0)  # as a stage does: at a plain exit of many processes a thread of a library aborts now and then
 """

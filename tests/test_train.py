@@ -80,8 +80,8 @@ VARIANTS = {  # name: (stage and loss, arguments, processes); all but the first 
     "sft": ("sft", [], 1), "sft-small": ("sft", SMALL, 1), "sft-recompute": ("sft", ["--checkpoint-layers", 9], 1), "sft-2": ("sft", [], 2),
     "sft-2-small": ("sft", SMALL, 2), "dpo": ("dpo", [], 1), "dpo-2-small": ("dpo", SMALL, 2), "simpo": ("simpo", [], 1),
     "simpo-replay": ("simpo", ["--replay"], 1), "simpo-2-small": ("simpo", SMALL, 2), "amapo-4": ("amapo", SMALL, 4),
-    "amapo-4-hsdp": ("amapo", ["--replicas", 2, "--save-every", 2], 4), "sft-4-hsdp": ("sft", ["--replicas", 2, *SMALL], 4),
-    "simpo-4-copies": ("simpo", ["--replicas", 4], 4), "simpo-single": ("simpo", ["--tokens-per-forward", 1], 1), "simpo-recompute": ("simpo", ["--checkpoint-layers", 9], 1),
+    "amapo-4-hsdp": ("amapo", ["--replicas", 2, "--save-every", 2, *SMALL], 4), "sft-4-hsdp": ("sft", ["--replicas", 2, "--tokens-per-forward", 1], 4),
+    "simpo-4-copies": ("simpo", ["--replicas", 4, *SMALL], 4), "simpo-single": ("simpo", ["--tokens-per-forward", 1], 1), "simpo-recompute": ("simpo", ["--checkpoint-layers", 9], 1),
     "simpo-2-replay": ("simpo", ["--replay", *SMALL], 2), "simpo-4": ("simpo", SMALL, 4), "dpo-single": ("dpo", ["--tokens-per-forward", 1], 1),
     "dpo-replay": ("dpo", ["--replay"], 1), "dpo-recompute": ("dpo", ["--checkpoint-layers", 1, *SMALL], 1),
     "dpo-2-replay": ("dpo", ["--replay", *SMALL], 2), "dpo-4": ("dpo", [], 4)}
@@ -129,6 +129,15 @@ def test_result_does_not_depend_on_how_it_is_computed(name, runs, models):
     first = runs[name.partition("-")[0]]
     assert len(metrics(first)) == 6 and (VARIANTS[name][0] == "sft" or AUDIT <= metrics(first)[0].keys())
     assert_same_run(first, runs[name], models["llama"], 1e-4 if name in COMPILED else 1e-5)  # a compiler sums in another order
+
+
+@pytest.mark.parametrize("name, shards", [("amapo-4-hsdp", 2), ("sft-4-hsdp", 2), ("simpo-4-copies", 1), ("amapo-4", 4)])
+def test_replicas_sum_gradients_once_a_step(name, shards, runs, models):
+    """Of each FSDP module, a layer or all the rest, its shard, in the last of the micro-batches: a rank has three or more."""
+    lm, sums = plain_model(models["llama"]), json.loads(Path(f"{runs[name]}.sums").read_text())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in lm.base_model.layers]
+    rest = sum(p.numel() for p in lm.parameters()) - sum(layers)
+    assert sorted(sums) == sorted(6 * [n / shards for n in [*layers, rest]] if shards < 4 else [])
 
 
 # ------------------------------------------------------------------------------------------- against plain transformers
