@@ -51,7 +51,7 @@ def loss(function=None, *, batch=False):
     """Register a loss; batch=True: it looks across pairs. It returns (G,) in nats, not reduced.
     Positional parameters name what the loop supplies: `pi`, the policy's Logps; `ref`, the
     reference's (computed once, cached); `pi_head`, `ref_head`, those of the first min(nw, nl)
-    tokens; `pi_square`, sums of log sum_v pi(v)^2 over the tokens v, detached; `kl` (G,), policy
+    tokens; `pi_square`, log sum_v pi(v)^2 summed over places, detached; `kl` (G,), policy
     minus reference log-prob of the next row's best response; `gap` (G,), the score difference
     of each pair, or its --margins; `state`, for batch=True, a dict of 0-d float64 tensors, {} at
     first: such a loss returns (losses, new state). Keyword-only parameters are hyper-parameters."""
@@ -88,7 +88,7 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
 
 def amapo_margin(r, beta, form, znorm, exp, clip):
     """The margin (n,) of one statistics group r (n,). 0 where the official code is undefined: one
-    pair, or equal r. The exponent is capped at 80, which takes r of hundreds of nats per token."""
+    pair, or equal r. The exponent is capped at 80, which only r of hundreds of nats a token reach."""
     z = -standardise(r, r.mean(), deviation(r))
     gamma = (z if znorm else r.mean() - r) * r.mean() * (1.0 if form == "code" else beta)
     pushed = z > 0 if form == "code" else gamma > 0
@@ -502,7 +502,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
     logps, grads = torch.zeros(2, kinds, size, dtype=torch.float64, device=device)
     losses, state = torch.zeros_like(logps[0]), {}
 
-    def settle(window, outs):
+    def settle(window, outs):  # its log-probs, from all ranks -> its losses and dL/dlogp
         nonlocal state
         here = on_device(sorted(i for share in shares for k in window for i in share[k]), device)
         logps.add_(gather(outs, [i for k in window for i in micros[k]], logps.shape, device))
@@ -511,19 +511,19 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         losses[here] = values.detach()
         grads[:, here] = torch.autograd.grad(values.sum() / size, leaf)[0]
 
-    step = range(len(micros))
+    every = range(len(micros))
     if replay:
         with torch.no_grad():
             outs = [score(scorer, rows, micro, device) for micro in micros]
-        settle(step, outs)
-    for window in [step] if batch and not replay else [[k] for k in step]:  # at once, or one by one
+        settle(every, outs)
+    for window in [every] if batch and not replay else [[k] for k in every]:
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
             settle(window, outs)
-        for k, out in reversed([*zip(window, outs)]):  # in one pass the head's would add up in bf16
-            scorer.set_is_last_backward(k == window[0])  # when True, FSDP forgets what to prefetch
-            # till the last one of the step gradients add up in each replica, or the only process
-            scorer.set_gradient_sync(k == window[0] and step[-1] in window)
+        for k, out in reversed([*zip(window, outs)]):  # one pass for all would add gradients in bf16
+            scorer.set_is_last_backward(k == window[0])  # of the window: FSDP forgets what to prefetch
+            # of the step: before it replicas do not all-reduce, and whole models shard no gradients
+            scorer.set_gradient_sync(k == window[0] and every[-1] in window)
             out.backward((world * grads[:, on_device(micros[k], device)].T.flatten()).to(out.dtype))
     return losses, logps, grads, state
 

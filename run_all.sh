@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prepare -> SFT -> align -> evaluate, on one code path from a laptop to a multi-GPU node.
-#   bash run_all.sh        the toy world with dpo, simpo, amapo; tables at the end. 2 cores: 2 to 4 minutes
+#   bash run_all.sh        the toy world with dpo, simpo, amapo; tables at the end. 2 cores, installed: 2 to 4 minutes
 #   bash run_all.sh test   the tests;   bash run_all.sh soak   the long ones too;   bench   beside TRL
 #   bash run_all.sh NAME   an experiment of the table below, over SEEDS
 # What is complete is skipped, what was interrupted resumes. Environment variables; paths from this folder:

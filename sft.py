@@ -116,7 +116,7 @@ class Scorer(torch.nn.Module):
 
     def forward(self, ids, positions, source, target, owner, last, layout):
         """Summed log-probs (R, 1) in nats, fp32, of responses that `pack` packed; or their rewards.
-        With self.squares (R, 2): beside them the sums of log sum_v pi(v)^2 over all tokens v."""
+        With self.squares (R, 2): beside them log sum_v pi(v)^2, summed over places alike."""
         hidden = self.lm.base_model(ids[None], position_ids=positions[None], use_cache=False,
                                     layout=SimpleNamespace(**layout)).last_hidden_state[0]  # (T, D)
         if hasattr(self.lm, "score"):
@@ -151,7 +151,7 @@ def check_like_llama(lm, config, path):
 def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=False):
     """A Hugging Face folder or hub id -> a sharded Scorer in eval mode (no dropout), in fp32; on a
     GPU forward and backward are in bf16. checkpointed: how many layers recompute. reward: a scalar
-    for the LM head. replicas: copies, each sharded (HSDP). compiled: layers, for all lengths."""
+    for the LM head. replicas: copies, each sharded over its ranks (HSDP). compiled: the layers."""
     config, auto, full = load_config(path), transformers.AutoModelForCausalLM, None
     if reward:
         auto, config.num_labels = transformers.AutoModelForSequenceClassification, 1
@@ -390,7 +390,7 @@ def load_rows(path):
     try:
         return load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a folder of prepare_data.py, or damaged ({error})") from None
+        raise ValueError(f"{path}: not a folder of prepare_data.py, like data/train, or damaged ({error})") from None
 
 def check_vocabulary(data, model):
     """ValueError if there is no model, or the tokens of prepared data are not its own."""
@@ -443,7 +443,7 @@ def main(args):
         tokens = sum(len(r) for _, rs in rows for r in rs)
         logps = torch.zeros(len(rows), dtype=torch.float64, device=device)
         for k, micro in enumerate(micros := plan(rows, world, args.tokens_per_forward)[rank], 1):
-            scorer.set_gradient_sync(k == len(micros))
+            scorer.set_gradient_sync(k == len(micros))  # as in align.backward
             out = score(scorer, rows, micro, device)
             (-out.sum() * world / tokens).backward()  # FSDP averages over ranks
             logps[on_device(micro, device)] = out.detach().double()
