@@ -207,13 +207,13 @@ def plan(rows, world, budget):
     return [micros + [[]] * (max(map(len, shares)) - len(micros)) for micros in shares]
 
 def pack(rows, flash):
-    """Rows [(prompt ids, [response ids, ...])] end to end, without padding, each prompt once:
-    ([1, 2], [[3, 4], [5]]) is ids (T,) 1 2 3 4 5 at positions 0 1 2 3 2. Of N response tokens,
-    target 3 4 5: source 1 2 1, the places that predict them; owner 0 0 1, their responses, which
-    end at last (R,) 3 4. For `attend` a response is a sequence of places, its prompt's and its
-    own: flat (M,) 0 1 2 3, 0 1 4. With flash T queries meet M keys in sequences that end at ends
-    (2, R + 1), 0 4 5 and 0 4 7, longest 4 and 4. Else queries are copied too, sequences of similar
-    length padded to blocks [(how many, length)], and back (T,) has a place in M of each token."""
+    """Rows [(prompt, [responses])] end to end, no padding, a prompt once. ([1, 2], [[3, 4], [5]]):
+    ids, positions (T,)    1 2 3 4 5, 0 1 2 3 2
+    target, source (N,)    3 4 5, 1 2 1     response tokens, and the places that predict them
+    owner (N,), last (R,)  0 0 1, 3 4       whose they are, and where each response ends
+    flat (M,)              0 1 2 3 0 1 4    for each response the places of its prompt and its own
+    ends (2, R + 1)        0 4 5, 0 4 7     flash: where its queries (T), keys (M) end; longest 4 4
+    blocks, back (T,)      [1, 4] [1, 3], 4 5 2 3 6    else: [how many, length], padded; ids in M"""
     ids, source, target, owner, places = [], [], [], [], []
     for prompt, responses in rows:
         prefix = range(len(ids), len(ids) + len(prompt))
