@@ -522,8 +522,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
             settle(window, outs)
         for k, out in reversed([*zip(window, outs)]):  # one pass for all would add gradients in bf16
             scorer.set_is_last_backward(k == window[0])  # of the window: FSDP forgets what to prefetch
-            # of the step: before it replicas do not all-reduce, and whole models shard no gradients
-            scorer.set_gradient_sync(k == window[0] and every[-1] in window)
+            # of the step: before it copies of the model (--replicas) do not add up their gradients
+            scorer.set_requires_all_reduce(k == window[0] and every[-1] in window)
             out.backward((world * grads[:, on_device(micros[k], device)].T.flatten()).to(out.dtype))
     return losses, logps, grads, state
 

@@ -171,7 +171,6 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     policy = MixedPrecisionPolicy(torch.bfloat16 if device.type == "cuda" else None, torch.float32)
     for module in (*lm.base_model.layers, scorer):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    scorer.set_gradient_sync = scorer.set_requires_all_reduce if shape[1] > 1 else scorer.set_requires_gradient_sync
     scorer.to_empty(device=device)
     lm.tie_weights()
     options = whole.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -442,8 +441,9 @@ def main(args):
         rows = list(zip(batch["prompt"], batch["responses"]))
         tokens = sum(len(r) for _, rs in rows for r in rs)
         logps = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        for k, micro in enumerate(micros := plan(rows, world, args.tokens_per_forward)[rank], 1):
-            scorer.set_gradient_sync(k == len(micros))  # as in align.backward
+        micros = plan(rows, world, args.tokens_per_forward)[rank]
+        for k, micro in enumerate(micros, 1):
+            scorer.set_requires_all_reduce(k == len(micros))  # as in align.backward
             out = score(scorer, rows, micro, device)
             (-out.sum() * world / tokens).backward()  # FSDP averages over ranks
             logps[on_device(micro, device)] = out.detach().double()

@@ -2,7 +2,7 @@
 
     bash run_all.sh bench                                    # everything; 2 cores: 30 minutes; a GPU: the plan `cuda`, Llama-3-8B's shape
     python tests/bench.py --only trl --side dpo-trl-best     # one part, and of it one side beside ours
-    python tests/bench.py --only ablation --set batch=8 --folder F      # another number in the plan; F keeps the models
+    python tests/bench.py --only ablation --set batch=8 --folder F      # another number in the plan; F keeps models and results
     python tests/bench.py --plan tiny                        # everything in seconds, on any device: does it run? its numbers mean nothing
 
 Prints Markdown. Models have random weights, data random tokens with the lengths of UltraFeedback and RM-Bench. Each job (bench_jobs.py) is
@@ -126,7 +126,10 @@ def job(plan, name, n=1, threads=None, **arguments):
     what = f"{name} {arguments.get('side', '')}".strip()
     print(f"{what}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
     if done.returncode == 0:
-        return json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+        result = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+        with open(Path(plan["folder"]) / "results.jsonl", "a") as file:
+            print(json.dumps([what, [(variant, how) for variant, _, how in arguments.get("runs", ())], result]), file=file)
+        return result
     if done.returncode == -9 or "OutOfMemoryError" in done.stderr:
         raise Failed("out of memory")
     FAILED.append(f"{what}:\n{done.stderr[-3000:]}")
@@ -310,7 +313,7 @@ def main():
     parser.add_argument("--only", choices=parts, action="append", help="a part; repeatable (all)")
     parser.add_argument("--side", choices=CUDA_SIDES, action="append", help="of trl, with ours of its loss; repeatable (all)")
     parser.add_argument("--set", action="append", default=[], metavar="K=N", help="another number in the plan; repeatable")
-    parser.add_argument("--folder", type=os.path.abspath, help="where models are kept (a temporary one)")
+    parser.add_argument("--folder", type=os.path.abspath, help="where models are kept, and the result of each job (temporary)")
     args = parser.parse_args()
     if args.plan == "cuda" and not installed("bitsandbytes"):
         print("bitsandbytes is not installed: 8-bit AdamW, and 8B with it, is unmeasured; this is the plan cuda-1b")
@@ -319,6 +322,7 @@ def main():
         print("TRL is not installed (tests/requirements-bench.txt): its rows are unmeasured")
     with tempfile.TemporaryDirectory() as temporary:
         plan = PLANS[args.plan] | dict(folder=args.folder or temporary)
+        os.makedirs(plan["folder"], exist_ok=True)
         plan |= {key: type(plan[key])(value) for key, value in (setting.split("=") for setting in args.set)}
         wanted = args.side or plan["sides"]
         runs = lambda name: installed("trl") if "trl" in name else plan["compiled"] or "compile" not in name

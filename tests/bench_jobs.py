@@ -334,12 +334,12 @@ def profile(plan, sizes):
     events, names, forward = sorted(profiler.events(), key=lambda event: event.time_range.start), {}, {}
     for event in events:  # callers first
         caller, backward = event.cpu_parent, event.scope == 1 or event.name.startswith("autograd::engine")
-        names[event.id] = " ".join([event.name, names.get(caller.id, "") if caller else "", forward.get(event.sequence_nr, "") * backward])
+        names[event] = " ".join([event.name, names.get(caller, "") if caller else "", forward.get(event.sequence_nr, "") * backward])
         if event.sequence_nr >= 0 and not backward:
-            forward[event.sequence_nr] = names[event.id]
+            forward[event.sequence_nr] = names[event]
         span = event.self_device_time_total if CUDA else event.self_cpu_time_total
         if event.device_type == torch.autograd.DeviceType.CPU and span > 0:
-            group = groups[next(name for name, pattern in GROUPS.items() if re.match(pattern, names[event.id]))]
+            group = groups[next(name for name, pattern in GROUPS.items() if re.match(pattern, names[event]))]
             group[event.name] = group.get(event.name, 0) + span
     total = sum(sum(group.values()) for group in groups.values())
     return {name: {operation: span / total for operation, span in group.items()} for name, group in groups.items()}

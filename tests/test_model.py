@@ -200,11 +200,8 @@ def test_gradients_of_a_window_add_up_in_fp32(name, models, monkeypatch):
     of = functools.partial(align.apply_loss, *align.configure("amapo", []), 0.0, lengths, torch.zeros_like(lengths), lengths[0], {})
     for replay in (False, True):
         scorer = sft.load_model(str(models[name]), CPU)
-        with torch.profiler.profile() as profiler:
-            align.backward(scorer, rows, of, True, replay, 60, CPU)
+        align.backward(scorer, rows, of, True, replay, 60, CPU)
         found.append({n: p.grad.full_tensor() for n, p in scorer.named_parameters()})
-        copies = [e.name for e in profiler.events() if "FSDP::post_backward_reduce" in e.name]
-        assert len(copies) == len(scorer.lm.base_model.layers) + 1, "one process has its gradients sharded once a step"
     assert len(sft.plan(rows, 1, 60)[0]) > 12 and all(close(found[0][n], found[1][n]) for n in found[0])
 
 
@@ -392,7 +389,7 @@ def test_a_step_on_a_gpu_mixes_neither_devices_nor_types(name, models, monkeypat
         with cuda:
             lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=torch.bfloat16)
         scorer, gap = sft.Scorer(lm).eval(), torch.ones(2, dtype=torch.float64, device=cuda)
-        scorer.set_is_last_backward = scorer.set_gradient_sync = lambda last: None  # of FSDP
+        scorer.set_is_last_backward = scorer.set_requires_all_reduce = lambda last: None  # of FSDP
         for loss in losses:
             more, scorer.squares = 2 * ("pi_head" in loss.wants) + ("kl" in loss.wants), "pi_square" in loss.wants
             wide = [(prompt, [*two, *[[7]] * more]) for prompt, two in rows]
