@@ -88,7 +88,7 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
 
 def amapo_margin(r, beta, form, znorm, exp, clip):
     """The margin (n,) of one statistics group r (n,). 0 where the official code is undefined: one
-    pair, or equal r. The exponent is capped at 80, which only r of hundreds of nats a token reach."""
+    pair, or equal r. The exponent is capped at 80: one r of 128 far below a mean of 8 takes it there."""
     z = -standardise(r, r.mean(), deviation(r))
     gamma = (z if znorm else r.mean() - r) * r.mean() * (1.0 if form == "code" else beta)
     pushed = z > 0 if form == "code" else gamma > 0
@@ -390,7 +390,7 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     two, head, last = slice(2), slice(2, 4) if len(n) > 3 else slice(2), len(n) - 1
     of = lambda x, rows: Logps(*x[rows], *n[rows])
     supply = dict(pi=of(leaf, two), pi_head=of(leaf, head), kl=(leaf[last] - ref[last]).detach(),
-                  ref=of(ref, two), ref_head=of(ref, head), gap=gap[here], state=state,
+                  ref=of(ref, two), ref_head=of(ref, head), gap=gap[here], state={**state},
                   pi_square=of(leaf[-len(n) :].detach(), two))  # the last K of 2 K rows
     try:
         out = function(*(supply[k] for k in function.wants), **hp)
@@ -521,8 +521,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         if not replay:
             settle(window, outs)
         for k, out in reversed([*zip(window, outs)]):  # one pass for all would add gradients in bf16
-            scorer.set_is_last_backward(k == window[0])  # of the window: FSDP forgets what to prefetch
-            # of the step: before it copies of the model (--replicas) do not add up their gradients
+            scorer.set_is_last_backward(k == window[0])  # of these graphs: FSDP forgets their order
+            # only in the last pass of the step do copies of the model (--replicas) add up gradients
             scorer.set_requires_all_reduce(k == window[0] and every[-1] in window)
             out.backward((world * grads[:, on_device(micros[k], device)].T.flatten()).to(out.dtype))
     return losses, logps, grads, state
@@ -546,7 +546,7 @@ def main(args):
     function, hp = configure(args.loss, args.hp)
     supply, reward = function.wants, args.loss == "reward"
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
-    check(pairs, f"{args.data}: no two scores of a row differ (by --min-gap at least)")
+    check(pairs, f"{args.data}: no two scores of a row differ (by --min-gap at least); wanted data/train")
     if args.margins:  # w - l of all pairs, by a reward model
         margins = json.loads(Path(args.margins).read_text())
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]

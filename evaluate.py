@@ -327,7 +327,7 @@ def find_sets(root):
     check(files, f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
     sets = {f.parent.name: load_rows(f.parent)[:] for f in sorted(files, key=os.path.getmtime)}
     for name, data in sets.items():
-        check(any(len({*x}) > 1 for x in data["scores"]), f"{root}: all scores of {name} are equal")
+        check(any(len({*x}) > 1 for x in data["scores"]), f"{root}: set {name} has nothing to rank")
         data["prompt"] = [*map(tuple, data["prompt"])]  # can be keys
         data["tokens"] = [[len(r) for r in rs] for rs in data["responses"]]
     return sets

@@ -7,7 +7,7 @@ Every data set becomes a `datasets` folder of rows, a prompt with n scored respo
 
 n: demonstrations 1, pairs 2, RM-Bench 6. A prompt ends with the generation prompt, a response with its one end token.
 
-    python prepare_data.py --model toy --out runs/data       # the toy world with all its sets: 40 s
+    python prepare_data.py --model toy --out runs/data       # the toy world with all its sets: 20 s
     python prepare_data.py --model DIR --sft a.jsonl --prefs b.jsonl --eval ID=c.jsonl --out D
 
 A source is toy:SPLIT[+noise=P or +hard=P], a hub id (id[@revision][:split]), a .json / .jsonl / .gz
@@ -402,7 +402,7 @@ def begin(out, args, inputs, rewritable=None):
         old = json.loads((folder / "args.json").read_text()).get("content", {})
         diff = [f"{k}: {old.get(k)} -> {content.get(k)}" for k in sorted(old | content) if old.get(k) != content.get(k)]
         kept = rewritable not in old if folder == done else (folder / "checkpoints").exists()
-        check(not diff or not kept, f"{folder} is of other arguments ({'; '.join(diff)}); remove it or change --out")
+        check(not (diff and kept), f"{folder} is of other arguments ({'; '.join(diff[:5])}); remove it or change --out")
         if folder == done and not diff:
             return None
     def make():

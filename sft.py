@@ -66,7 +66,7 @@ def on_rank0(function, *args, what=""):
 print0 = lambda *text: on_rank0(lambda: print(*text, flush=True))
 
 # ---------------------------------------------------------------------- the model and its scores
-# response tokens whose logits exist at the same time; on a CPU 8 MiB of them, or 256 tokens
+# response tokens whose logits exist at the same time; on a CPU 8 MiB of them, 256 at least
 head_chunk = lambda size: 1024 if torch.cuda.is_available() else max(256, min(1024, 2**21 // size))
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions"}  # to attention
 def attend(module, query, key, value, attention_mask, scaling, layout=None, dropout=0.0,
@@ -206,13 +206,13 @@ def plan(rows, world, budget):
     return [micros + [[]] * (max(map(len, shares)) - len(micros)) for micros in shares]
 
 def pack(rows, flash):
-    """Rows [(prompt, [responses])] end to end, no padding, a prompt once. ([1, 2], [[3, 4], [5]]):
-    ids, positions (T,)    1 2 3 4 5, 0 1 2 3 2
-    target, source (N,)    3 4 5, 1 2 1     response tokens, and the places that predict them
-    owner (N,), last (R,)  0 0 1, 3 4       whose they are, and where each response ends
-    flat (M,)              0 1 2 3 0 1 4    for each response the places of its prompt and its own
-    ends (2, R + 1)        0 4 5, 0 4 7     flash: where its queries (T), keys (M) end; longest 4 4
-    blocks, back (T,)      [1, 4] [1, 3], 4 5 2 3 6    else: [how many, length], padded; ids in M"""
+    """Rows [(prompt, [responses])] end to end, each prompt once. ([1, 2], [[3, 4, 5], [6, 7]]):
+    ids, positions (T,)    1 2 3 4 5 6 7, 0 1 2 3 4 2 3
+    target, source (N,)    3 4 5 6 7, 1 2 3 1 5    response tokens, the places that predict them
+    owner (N,), last (R,)  0 0 0 1 1, 4 6          whose they are, where each response ends
+    flat (M,)              0 1 2 3 4 0 1 5 6       for each response its prompt's places, its own
+    ends (2, R + 1)        0 5 7, 0 5 9            flash: of queries (T) and keys (M); longest 5 5
+    blocks, back (T,)      [2, 5], 5 6 2 3 4 7 8   else: [how many, length], flat padded; T in M"""
     ids, source, target, owner, places = [], [], [], [], []
     for prompt, responses in rows:
         prefix = range(len(ids), len(ids) + len(prompt))

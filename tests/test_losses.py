@@ -41,6 +41,7 @@ def batch(seed=0, size=G, scale=20.0):
 
 def call(name, supply, **hp):
     parameters = inspect.signature(LOSSES[name]).parameters.values()
+    supply = supply | dict(state={**supply.get("state", {})})  # which may be updated in place
     out = LOSSES[name](*(supply[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY), **hp)
     return out[0] if isinstance(out, tuple) else out
 
@@ -351,18 +352,19 @@ def test_a_mistake_in_a_new_loss_is_refused_before_anything_runs(monkeypatch, mi
 
 
 def test_a_state_keeps_no_graph(monkeypatch):
-    """Else every step would go back through all before it."""
+    """Else every step would go back through all before it. It may be updated in place, and the step before still has its own."""
     monkeypatch.delitem(LOSSES, "mine", raising=False)
 
     @loss(batch=True)
     def mine(pi, state):
-        mean = 0.9 * state.get("mean", 0.0) + 0.1 * (pi.w - pi.l).mean()
-        return mean - (pi.w - pi.l), dict(mean=mean)
+        state["mean"] = 0.9 * state.get("mean", 0.0) + 0.1 * (pi.w - pi.l).mean()
+        return state["mean"] - (pi.w - pi.l), state
 
     configure("mine", [])
     leaf, n = torch.randn(2, 5, dtype=torch.float64).requires_grad_(), torch.ones(2, 5, dtype=torch.float64)
-    losses, state = apply_loss(mine, {}, 0.0, n, n, torch.ones(5), {}, leaf, [*range(5)])
-    assert losses.requires_grad and not state["mean"].requires_grad
+    before = {}
+    losses, state = apply_loss(mine, {}, 0.0, n, n, torch.ones(5), before, leaf, [*range(5)])
+    assert losses.requires_grad and not state["mean"].requires_grad and not before
     del LOSSES["mine"]
 
 
