@@ -333,8 +333,8 @@ def profile(plan, sizes):
             step()
     events, names, forward = sorted(profiler.events(), key=lambda event: event.time_range.start), {}, {}
     for event in events:  # callers first
-        caller, backward = event.cpu_parent, event.scope == 1 or event.name.startswith("autograd::engine")
-        names[event] = " ".join([event.name, names.get(caller, "") if caller else "", forward.get(event.sequence_nr, "") * backward])
+        backward = event.scope == 1 or event.name.startswith("autograd::engine")
+        names[event] = " ".join([event.name, names.get(event.cpu_parent, ""), forward.get(event.sequence_nr, "") * backward])
         if event.sequence_nr >= 0 and not backward:
             forward[event.sequence_nr] = names[event]
         span = event.self_device_time_total if CUDA else event.self_cpu_time_total
