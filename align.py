@@ -183,7 +183,7 @@ def wpo(pi, ref, pi_square, *, beta=0.01):
 @loss
 def odpo(pi, ref, gap, *, beta=0.1, alpha=1.0):
     """-log s(beta * (u - v) - alpha * log(gap)), gap = score difference > 0.  ODPO, 2402.10571.
-    Plain pairs have a gap of 1, with which it is DPO."""
+    Plain pairs have a gap of 1, with which it is DPO; margins of a reward model may be below 0."""
     logit = beta * ((pi.w - ref.w) - (pi.l - ref.l))
     return -F.logsigmoid(logit - alpha * torch.log(gap))
 
@@ -373,8 +373,9 @@ def configure(name, settings):
     lengths = torch.tensor([[2, 3], [3, 2], [2, 2], [2, 2], [3, 2]]).double()  # w, l, heads, kl
     average = torch.tensor([[-1, -3], [-2, -2.5], [-1, -4], [-3, -2], [-1.5, -2.5]])
     leaf, ref, gap = (average * lengths).requires_grad_(), average.flip(1) * lengths, lengths[0]
-    both, *alone = (apply_loss(function, hp, 0.0, lengths, ref, gap, {}, leaf[:, here], here)[0]
-                    for here in ([0, 1], [0], [1]))
+    trial = lambda here, state: apply_loss(function, hp, 0.0, lengths, ref, gap, state, leaf[:, here], here)
+    both, state = trial([0, 1], {})
+    alone = [trial([k], state)[0] for k in (0, 1)]  # as in a second step
     check(torch.cat([both, *alone]).isfinite().all(),
           f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
     check(function.batch or both.allclose(torch.cat(alone)), f"{name} looks across pairs: @loss(batch=True)")
@@ -401,8 +402,8 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
     check(with_state == ("state" in function.wants) and isinstance(state, dict)
           and torch.is_tensor(losses) and losses.shape == leaf[0].shape
           and all(torch.is_tensor(x) and x.ndim == 0 for x in state.values()),
-          f"{function.__name__} must return (G,) losses, one a pair and not their mean; "
-          "one that takes `state` (losses, new state), a dict of 0-d tensors")
+          f"{function.__name__} must return (G,) losses, one a pair and not their mean; one that takes `state` "
+          f"(losses, new state), a dict of 0-d tensors; here came {str(out)[:60]}")
     return losses - sft_weight * leaf[0] / n[0], {k: x.detach() for k, x in state.items()}
 
 def code_of(function, *above):
@@ -413,7 +414,7 @@ def code_of(function, *above):
         if inspect.isfunction(thing) and thing.__module__ == __name__:
             text += "" if thing in (function, *above) else code_of(thing, function, *above)
         elif isinstance(thing, (int, float, str, tuple, list, dict, torch.Tensor)) and thing is not LOSSES:
-            text += repr(thing)
+            text += re.sub(" at 0x[0-9a-f]+", "", repr(thing))  # of functions
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # ----------------------------------------------------------------------------- pairs of the data
@@ -520,7 +521,7 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
             settle(window, outs)
-        for k, out in reversed([*zip(window, outs)]):  # one pass for all would add gradients in bf16
+        for k, out in reversed([*zip(window, outs)]):  # a single pass over all would add gradients in bf16
             scorer.set_is_last_backward(k == window[0])  # of these graphs: FSDP forgets their order
             # only in the last pass of the step do copies of the model (--replicas) add up gradients
             scorer.set_requires_all_reduce(k == window[0] and every[-1] in window)

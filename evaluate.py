@@ -28,7 +28,7 @@ import tqdm
 import transformers
 
 from prepare_data import TASKS, begin, check, encode_prompt, fingerprint, load_tokenizer, run, true_reward
-from sft import check_vocabulary, load_model, load_rows, on_rank0, plan, print0, score, setup
+from sft import check_fit, load_model, load_rows, on_rank0, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------- scores and samples
 @torch.no_grad()
@@ -63,7 +63,8 @@ def generate(path, prompts, args, device, desc):
     for k in tqdm.trange(rank, len(batches), world, desc=desc, unit="batch", disable=rank > 0):
         torch.manual_seed(1_000_003 * args.seed + k)
         inputs = tok.pad(dict(input_ids=[prompts[i] for i in batches[k]]), return_tensors="pt")
-        out = lm.generate(**inputs.to(device), max_new_tokens=args.max_new_tokens,
+        room = getattr(lm.config, "max_position_embeddings", math.inf) - inputs.input_ids.shape[1]
+        out = lm.generate(**inputs.to(device), max_new_tokens=min(args.max_new_tokens, room),
                           pad_token_id=tok.pad_token_id, do_sample=bool(how), **how)
         for i, ids in zip(batches[k], out[:, inputs["input_ids"].shape[1] :].tolist()):
             end = next((j + 1 for j, token in enumerate(ids) if token in stops), None)
@@ -358,8 +359,8 @@ def main(args):
     check(min(args.generate, args.temperature, args.max_new_tokens - 1) >= 0, "wanted numbers from 0 (new tokens: 1)")
     sets = find_sets(Path(args.data))
     paths = [*dict.fromkeys(filter(None, [args.ref, *args.models]))]
-    for path in paths:
-        check_vocabulary(args.data, path)  # a bad one fails here, before anything is scored
+    for path, data in ((path, data) for path in paths for data in sets.values()):
+        check_fit(args.data, path, data)  # a bad one fails here, before anything is scored
     short = [Path(p).name for p in paths]
     models = {n if short.count(n) == 1 else p.replace("/", "_"): p for n, p in zip(short, paths)}
     logs = {m: log for m, path in models.items() if (log := training_log(path))}

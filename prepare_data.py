@@ -157,9 +157,8 @@ def read_source(source, seed=0):
         parquet, unpack = path.suffix == ".parquet", gzip.decompress if path.suffix == ".gz" else bytes
         try:
             text = "[]" if parquet else unpack(path.read_bytes()).decode("utf-8-sig")
-            lines = ",\n".join(filter(str.strip, text.split("\n")))  # as one list, errors tell the line
-            rows = json.loads(text if text.lstrip().startswith("[") else f"[{lines}]")
-            rows = Dataset.from_parquet(source) if parquet else rows
+            text = text if text.lstrip().startswith("[") else "[%s]" % re.sub(r"(?<=\S)\s*?\n(?=\s*\S)", ",\n", text)
+            rows = Dataset.from_parquet(source) if parquet else json.loads(text)
         except (ValueError, OSError, EOFError, RecursionError, zlib.error, exceptions.DatasetsError) as error:
             raise ValueError(f"{source}: empty, or not JSON, JSON lines, .gz of these or parquet ({error})") from None
     elif path.is_dir():

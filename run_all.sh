@@ -113,20 +113,22 @@ OUT=${OUT:-runs/$SETTING} MAX_LENGTH=${MAX_LENGTH:-$length} LOSSES=${LOSSES:-${l
 [[ ${TORCHRUN:-} != *nnodes* || $TORCHRUN == *node[-_]rank* ]] || die "TORCHRUN: wanted --node-rank too, as node 0 prepares the data"
 FLAGS="lr batch-size epochs pairs min-gap sft-weight" # of align.py, that LOSS@K=V may change; other K are hyper-parameters
 LOSSES=$(FLAGS=$FLAGS "$PYTHON" -c 'import argparse, os, sys, align, evaluate
+def parse(name, add, words):
+    parser = argparse.ArgumentParser(prog=f"run_all.sh: {name}", usage=argparse.SUPPRESS, allow_abbrev=False)
+    add(lambda flag, **how: flag[0] != "-" or parser.add_argument(flag, **how | dict(required=False)))
+    return vars(parser.parse_args(words))
 names = sys.argv[1:] if sys.argv[1:] != ["EVERY"] else [k for k in align.LOSSES if k != "reward"]
 try:
     for name, _, changes in (name.partition("@") for name in names):
         changes = {k: v for k, _, v in (c.partition("=") for c in changes.split(",") if c)}
         flags = {*changes} & {*os.environ["FLAGS"].split()}
-        align.check(all(float(changes[k]) > 0 for k in flags & {"lr", "batch-size", "epochs"}), f"{name}, {changes}: out of range")
+        new = parse(f"LOSSES: {name}", align.arguments, [f"--{k}={changes[k]}" for k in flags])
+        align.check(all(new[k.replace("-", "_")] > 0 for k in flags & {"lr", "batch-size", "epochs"}), f"{name}, {changes}: out of range")
         align.check(name not in ("reward", "data", "sft", "evaluation"), f"{name} is no policy: OUT/{name} is another folder")
         align.check(name != "madpo" or not flags & {"pairs", "min-gap"}, "its reward model wants them too: ALIGN_ARGS")
         align.configure(name, [f"{k}={changes[k]}" for k in changes if k not in flags])
 except (ValueError, ArithmeticError) as error: sys.exit(f"run_all.sh: LOSSES: {error}" + ("; K may also be " + os.environ["FLAGS"]) * (" has no " in str(error)))
-for name, add in dict(SFT_ARGS=lambda x: align.trainer_arguments(x, 0, 0, 0, ""), ALIGN_ARGS=align.arguments, EVAL_ARGS=evaluate.arguments).items():
-    parser = argparse.ArgumentParser(prog=f"run_all.sh: {name}", usage=argparse.SUPPRESS, allow_abbrev=False)
-    add(lambda flag, **how: flag[0] != "-" or parser.add_argument(flag, **how | dict(required=False)))
-    parser.parse_args(os.environ.get(name, "").split())
+for name, add in dict(SFT_ARGS=lambda x: align.trainer_arguments(x, 0, 0, 0, ""), ALIGN_ARGS=align.arguments, EVAL_ARGS=evaluate.arguments).items(): parse(name, add, os.environ.get(name, "").split())
 print(*names)' $LOSSES)
 recipe() { # the arguments of a stage in this setting, or those called `other`
   awk -v s="$SETTING" -v l="${1%%@*}" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }

@@ -45,7 +45,7 @@ def setup():
     torch.manual_seed(0)  # of the one thing that is drawn, a new reward head
     return device
 
-SIGNALS = []  # the first stops a run after its step; a second at once, but torchrun repeats it
+SIGNALS = []  # the first stops a run after its step, a second at once; torchrun sends each twice
 def heed(number, frame):
     if SIGNALS and "RANK" not in os.environ:
         os._exit(128 + number)
@@ -243,12 +243,9 @@ on_device = lambda index, device: torch.tensor(index).long().to(device, non_bloc
 def score(scorer, rows, micro, device):
     """Summed log-probs (R,) of all responses of the rows `micro`; a dummy is run, and has R = 0.
     With scorer.squares (2 R,): of each row its n log-probs, then its n sums of squares."""
-    config = scorer.lm.config
-    flash = device.type == "cuda" and not getattr(config, "attn_logit_softcapping", None)
+    flash = device.type == "cuda" and not getattr(scorer.lm.config, "attn_logit_softcapping", None)
     batch = pack([rows[i] for i in micro or [0]], flash)
-    most = getattr(config, "max_position_embeddings", math.inf)
-    check(batch[0].max() < config.vocab_size, f"token id {batch[0].max()}: not in the vocabulary")
-    check(batch[1].max() < most, f"a row of {batch[1].max() + 1} tokens: prepare with --max-length {most} or less")
+    check(batch[0].max() < scorer.lm.config.vocab_size, f"token id {batch[0].max()}: not in the vocabulary")
     out = scorer(*tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch))
     out = out.unflatten(0, (-1, len(rows[0][1]) if scorer.squares else 1)).mT.flatten()
     return out if micro else out[:0]
@@ -391,12 +388,15 @@ def load_rows(path):
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a folder of prepare_data.py, like data/train, or damaged ({error})") from None
 
-def check_vocabulary(data, model):
-    """ValueError if there is no model, or the tokens of prepared data are not its own."""
-    size, folders = load_config(model).vocab_size, [p / "tokenizer" for p in Path(data).parents[:2]]
+def check_fit(data, model, rows):
+    """ValueError if there is no model, or data have other tokens or longer rows than it takes."""
+    config, folders = load_config(model), [p / "tokenizer" for p in Path(data).parents[:2]]
+    longest = max(len(p) + max(map(len, rs)) for p, rs in zip(rows["prompt"], rows["responses"]))
+    most = getattr(config, "max_position_embeddings", math.inf)
+    check(longest <= most, f"{data}: a row of {longest} tokens: prepare with --max-length {most} or less")
     files = [folder / "tokenizer.json" for folder in (*folders, Path(model))]
     vocab = [json.loads(f.read_text())["model"]["vocab"] for f in files if f.exists()]
-    check(not vocab or vocab[0] == vocab[-1] and len(vocab[0]) <= size,
+    check(not vocab or vocab[0] == vocab[-1] and len(vocab[0]) <= config.vocab_size,
           f"{data} was prepared with another tokenizer than that of {model}")
 
 def start(args, reward=False, margins=None, **also):
@@ -408,7 +408,7 @@ def start(args, reward=False, margins=None, **also):
         sound = not isinstance(value, (int, float)) or 0 <= value < math.inf
         check(sound and (value or name not in positive), f"--{name.replace('_', '-')} {value}: out of range")
     check(dist.get_world_size() % args.replicas == 0, "--replicas must divide the processes")
-    check_vocabulary(args.data, args.model)
+    check_fit(args.data, args.model, rows)
     tok = load_tokenizer(Path(args.data).absolute().parent / "tokenizer")  # absolute: no hub id
     if reward:  # padding must not be taken for the end of an answer
         ids = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id

@@ -429,6 +429,17 @@ def options(**kwargs):
     return Namespace(**dict(dict(temperature=0.0, seed=0, max_new_tokens=12), **kwargs))
 
 
+def test_a_response_ends_where_the_model_does(models, tmp_path):
+    """With room for 9 tokens, 4 of them the longest prompt of the batch, a response has 5 at most; what it has is as without the limit."""
+    prompts = [[1, 9, 8, 7], [1, 9, 8]] * 20
+    shutil.copytree(models["llama"], tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | dict(max_position_embeddings=9)))
+    with process_group():
+        long, short = (E.generate(str(path), prompts, options(), torch.device("cpu"), "") for path in (models["llama"], tmp_path / "m"))
+    assert max(len(ids) for ids, _ in long) > 5 and [ids[:5] for ids, _ in long] == [ids for ids, _ in short]
+
+
 def test_greedy_responses_are_those_of_one_prompt_at_a_time(models):
     """Left padding changes nothing, a stop token ends a response and is kept; the argmax by a plain forward of each prefix."""
     rng = random.Random(5)

@@ -332,40 +332,53 @@ MISTAKES = {  # what somebody might write under @loss: (the function, batch, wha
     "not a number": (lambda pi, *, beta=0.0: (pi.l - pi.w) / beta, False, "not finite"),
     "nothing for one pair": (lambda pi: pi.l - pi.w - ((pi.w - pi.w.mean()) / pi.w.std()).detach(), True, "or for one (a last batch may be)"),
     "no number": (lambda pi, *, beta=None: pi.l - pi.w, False, "numbers or strings"),
-    "too few names": (two_names, False, "mine, line"),
+    "too few names": (two_names, False, "of_this_test, line"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_new_loss_is_refused_before_anything_runs(monkeypatch, mistake):
     function, batch, says = MISTAKES[mistake]
-    function.__name__ = "mine"
-    monkeypatch.delitem(LOSSES, "mine", raising=False)
+    function.__name__ = "of_this_test"
+    monkeypatch.delitem(LOSSES, "of_this_test", raising=False)
     loss(function, batch=batch)
     with pytest.raises(ValueError, match=re.escape(says)):
-        configure("mine", [])
-    for taken in ("mine", "score"):  # a loss; a function of another stage, which it would replace
+        configure("of_this_test", [])
+    for taken in ("of_this_test", "score"):  # a loss; a function of another stage, which it would replace
         function.__name__ = taken
         with pytest.raises(SystemExit, match=f"another {taken}"):
             loss(function)
-    del LOSSES["mine"]
+    del LOSSES["of_this_test"]
+
+
+def test_a_loss_is_tried_with_the_state_that_it_returned(monkeypatch):
+    """A wrong name in the second step is found before the first."""
+    monkeypatch.delitem(LOSSES, "of_this_test", raising=False)
+
+    @loss(batch=True)
+    def of_this_test(pi, state):
+        return pi.l - pi.w + (state["mean"] if state else 0.0), dict(average=pi.w.mean())
+
+    with pytest.raises(KeyError, match="mean"):
+        configure("of_this_test", [])
+    del LOSSES["of_this_test"]
 
 
 def test_a_state_keeps_no_graph(monkeypatch):
     """Else every step would go back through all before it. It may be updated in place, and the step before still has its own."""
-    monkeypatch.delitem(LOSSES, "mine", raising=False)
+    monkeypatch.delitem(LOSSES, "of_this_test", raising=False)
 
     @loss(batch=True)
-    def mine(pi, state):
+    def of_this_test(pi, state):
         state["mean"] = 0.9 * state.get("mean", 0.0) + 0.1 * (pi.w - pi.l).mean()
         return state["mean"] - (pi.w - pi.l), state
 
-    configure("mine", [])
+    configure("of_this_test", [])
     leaf, n = torch.randn(2, 5, dtype=torch.float64).requires_grad_(), torch.ones(2, 5, dtype=torch.float64)
     before = {}
-    losses, state = apply_loss(mine, {}, 0.0, n, n, torch.ones(5), before, leaf, [*range(5)])
+    losses, state = apply_loss(of_this_test, {}, 0.0, n, n, torch.ones(5), before, leaf, [*range(5)])
     assert losses.requires_grad and not state["mean"].requires_grad and not before
-    del LOSSES["mine"]
+    del LOSSES["of_this_test"]
 
 
 @pytest.mark.parametrize("edit, name, noticed", [
@@ -387,8 +400,10 @@ def test_an_edit_of_a_loss_or_of_what_it_calls_is_noticed(tmp_path, edit, name, 
 
 
 def test_the_hash_of_a_loss_is_the_same_in_every_process(tmp_path):
-    """A local variable may have the name of anything in align.py, such as loss: no address in memory may get into the hash."""
-    spliced = "@loss\ndef spliced_in_by_the_test(pi):\n    loss, dpo, LOSSES, F = pi.l - pi.w, 1, 2, 3\n    return loss\n\ndef configure("
+    """A local variable may have the name of anything in align.py, such as loss, and a table may hold functions: no address in memory may get
+    into the hash."""
+    spliced = ("KINDS = dict(plain=lambda x: x, relu=F.relu)\n\n@loss\ndef spliced_in_by_the_test(pi):\n"
+               "    loss, dpo, LOSSES, F = KINDS['plain'](pi.l - pi.w), 1, 2, 3\n    return loss\n\ndef configure(")
     (tmp_path / "fork.py").write_text((ROOT / "align.py").read_text().replace("def configure(", spliced))
     code = f"import sys; sys.path[:0] = ['{tmp_path}', '{ROOT}']; import fork; print(fork.code_of(fork.LOSSES['spliced_in_by_the_test']))"
     one, other = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2))

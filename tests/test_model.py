@@ -136,15 +136,14 @@ def test_a_model_whose_tokens_meet_elsewhere_than_in_attention_is_refused_before
         sft.load_model(str(tmp_path), CPU)
 
 
-def test_a_row_longer_than_the_model_is_made_for_is_refused(models, tmp_path):
-    shutil.copytree(models["llama"], tmp_path / "m")
-    config = json.loads((tmp_path / "m/config.json").read_text())
-    (tmp_path / "m/config.json").write_text(json.dumps(config | dict(max_position_embeddings=9)))
-    scorer = sft.load_model(str(tmp_path / "m"), CPU)
-    rows = [([3] * 4, [[5] * 5, [6]]), ([3] * 4, [[5] * 6, [6]])]
-    assert sft.score(scorer, rows, [0], CPU).isfinite().all()
+def test_a_row_longer_than_the_model_is_made_for_is_refused_before_the_model_is_read(models, tmp_path):
+    config = json.loads((models["llama"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(max_position_embeddings=9)))  # there are no weights
+    rows = dict(prompt=[[3] * 4, [3] * 3], responses=[[[5] * 5, [6]], [[6], [5] * 6]])
+    sft.check_fit(tmp_path / "train", tmp_path, rows)
+    rows["responses"][1][1].append(5)
     with pytest.raises(ValueError, match="a row of 10 tokens: prepare with --max-length 9"):
-        sft.score(scorer, rows, [0, 1], CPU)
+        sft.check_fit(tmp_path / "train", tmp_path, rows)
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])

@@ -682,3 +682,13 @@ def test_real_hh_and_sharegpt(toks):
     assert report["shapes"] == {"ShareGPT": 40} and len(rows) == 40 - sum(report["dropped"].values()) > 35
     turns = [tok.decode(ids).count("<|start_header_id|>") for ids in rows["prompt"]]
     assert Counter(turns) - Counter(len(r["conversations"]) + 1 for r in raw) == Counter()
+
+
+def test_an_error_in_json_lines_names_the_line_of_the_file(tmp_path):
+    """Blank lines count, and blanks at the end of a line do not matter."""
+    good = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+    (tmp_path / "rows.jsonl").write_text(f"\n\n{good}  \r\n \n\n{good}\n\n")
+    assert len(P.read_source(str(tmp_path / "rows.jsonl"))) == 2
+    (tmp_path / "rows.jsonl").write_text(f"\n\n{good} \r\n\n\n" + "{broken}\n")
+    with pytest.raises(ValueError, match=r"line 6 column 2"):
+        P.read_source(str(tmp_path / "rows.jsonl"))
