@@ -354,7 +354,7 @@ def reward(pi):
 
 def configure(name, settings):
     """(loss function, its hyper-parameters) from ["beta=2.5", ...]. ValueError if unknown, or for
-    what two made-up pairs, one ranked right, tell against them."""
+    what 16 made-up pairs, some ranked right, the last one far off, tell against them."""
     check(name in LOSSES, f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
     function, hp = LOSSES[name], dict(LOSSES[name].hp)
     signature, kinds = f"{name}{inspect.signature(function)}", {type(x) for x in hp.values()}
@@ -370,17 +370,17 @@ def configure(name, settings):
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise ValueError(f"--hp {setting}: wanted {key}=VALUE, a {kind.__name__}") from None
-    lengths = torch.tensor([[2, 3], [3, 2], [2, 2], [2, 2], [3, 2]]).double()  # w, l, heads, kl
-    average = torch.tensor([[-1, -3], [-2, -2.5], [-1, -4], [-3, -2], [-1.5, -2.5]])
+    count = torch.arange(80.0, dtype=torch.float64).view(5, 16)  # of 16 pairs w, l, heads, kl
+    lengths, average = 2 + count % 3, -0.5 - count * 7 % 17 / 4 - 25.0 * (count == 31)
     leaf, ref, gap = (average * lengths).requires_grad_(), average.flip(1) * lengths, lengths[0]
     trial = lambda here, state: apply_loss(function, hp, 0.0, lengths, ref, gap, state, leaf[:, here], here)
-    both, state = trial([0, 1], {})
-    alone = [trial([k], state)[0] for k in (0, 1)]  # as in a second step
-    check(torch.cat([both, *alone]).isfinite().all(),
-          f"{name} --hp {hp}: not finite for two pairs, or for one (a last batch may be)")
-    check(function.batch or both.allclose(torch.cat(alone)), f"{name} looks across pairs: @loss(batch=True)")
-    check(torch.autograd.grad(both.sum(), leaf)[0].any(),
-          f"{name} --hp {hp}: no gradient for two pairs, of r = 1 and -0.5; detached?")
+    both, state = trial([*range(16)], {})
+    alone = torch.cat([trial([k], state)[0] for k in range(16)])  # as in a second step
+    both, alone = (torch.cat([x, torch.autograd.grad(x.sum(), leaf)[0].flatten()]) for x in (both, alone))
+    check(both.isfinite().all() and alone.isfinite().all(), f"{name} --hp {hp}: a loss or its "
+          "gradient is not finite for 16 made-up pairs, or for one (a last batch may be)")
+    check(function.batch or both.allclose(alone), f"{name} looks across pairs: @loss(batch=True)")
+    check(both[16:].any(), f"{name} --hp {hp}: no gradient for 16 made-up pairs; detached?")
     return function, hp
 
 def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
@@ -414,7 +414,7 @@ def code_of(function, *above):
         if inspect.isfunction(thing) and thing.__module__ == __name__:
             text += "" if thing in (function, *above) else code_of(thing, function, *above)
         elif isinstance(thing, (int, float, str, tuple, list, dict, torch.Tensor)) and thing is not LOSSES:
-            text += re.sub(" at 0x[0-9a-f]+", "", repr(thing))  # of functions
+            text += re.sub(" at 0x[0-9a-f]+", "", repr(getattr(thing, "tolist", lambda: thing)()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # ----------------------------------------------------------------------------- pairs of the data
@@ -608,6 +608,5 @@ def arguments(add):
     add("--replay", action="store_true", help="batch losses: forward twice, but keep no graphs")
 
 if __name__ == "__main__":
-    losses = [f"{name}{inspect.signature(f)}\n    {(f.__doc__ or '-').splitlines()[0]}"
-              for name, f in LOSSES.items()]
+    losses = [f"{k}{inspect.signature(f)}\n    {(f.__doc__ or '-').splitlines()[0]}" for k, f in LOSSES.items()]
     run(main, "\n".join([__doc__, "Losses, and how they describe themselves:", *losses]), arguments)

@@ -66,7 +66,7 @@ def generate(path, prompts, args, device, desc):
         room = getattr(lm.config, "max_position_embeddings", math.inf) - inputs.input_ids.shape[1]
         out = lm.generate(**inputs.to(device), max_new_tokens=min(args.max_new_tokens, room),
                           pad_token_id=tok.pad_token_id, do_sample=bool(how), **how)
-        for i, ids in zip(batches[k], out[:, inputs["input_ids"].shape[1] :].tolist()):
+        for i, ids in zip(batches[k], out[:, inputs.input_ids.shape[1] :].tolist()):
             end = next((j + 1 for j, token in enumerate(ids) if token in stops), None)
             done.append((i, (ids[:end], end is not None)))
     dist.all_gather_object(parts, done)
@@ -75,8 +75,8 @@ def generate(path, prompts, args, device, desc):
 def answer(path, name, args, device):
     """--prompts: a model's answers to a JSON list of {instruction}, as AlpacaEval reads them."""
     tok = load_tokenizer(path)
-    read = lambda: [(x, x["instruction"]) for x in json.loads(Path(args.prompts).read_text())]
-    items = on_rank0(read, what=f"{args.prompts}: not a JSON list of {{instruction}}: ")
+    read = lambda: [(x, x["instruction"] + "") for x in json.loads(Path(args.prompts).read_text())]
+    items = on_rank0(read, what=f"{args.prompts}: not a JSON list of {{instruction}}: ")  # + "": a text
     prompts = [encode_prompt(tok, [dict(role="user", content=text)]) for _, text in items]
     answers = generate(path, prompts, args, device, f"{name}: answers")
     texts = tok.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
@@ -225,8 +225,6 @@ def audit(lines):
             for part in (lines[:third], lines[-third:]) if part]
 
 # ---------------------------------------------------------------------------------------- tables
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t
-
 def tables_of(results):
     """{(title, row, column): cell} of a results.json; a cell is [value] or [value, low, high]."""
     ref, longer, tables = results["ref"], results["longer_wins"], {}
@@ -260,6 +258,7 @@ def tables_of(results):
     return tables | {("Samples (see README)", m, key): [x]
                      for m, numbers in results["generation"].items() for key, x in numbers.items()}
 
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t
 def merge(runs, bases):
     """The tables of several runs as one: a cell that several have becomes [mean, deviation]; and
     the differences from the rows `bases`, paired by run, with Student's 95 % interval."""
@@ -356,11 +355,12 @@ def main(args):
     if args.summary:
         return tabulate(args.summary, args.out, {})
     check(args.models and args.data, "wanted MODEL ... and --data, or --summary")
-    check(min(args.generate, args.temperature, args.max_new_tokens - 1) >= 0, "wanted numbers from 0 (new tokens: 1)")
+    check(args.generate >= 0 <= args.temperature, "--generate, --temperature: wanted 0 or more")
+    check(args.max_new_tokens > 0, "--max-new-tokens: wanted 1 or more")
     sets = find_sets(Path(args.data))
     paths = [*dict.fromkeys(filter(None, [args.ref, *args.models]))]
-    for path, data in ((path, data) for path in paths for data in sets.values()):
-        check_fit(args.data, path, data)  # a bad one fails here, before anything is scored
+    for path in paths:
+        check_fit(args.data, path, *sets.values())  # a bad one fails before anything is scored
     short = [Path(p).name for p in paths]
     models = {n if short.count(n) == 1 else p.replace("/", "_"): p for n, p in zip(short, paths)}
     logs = {m: log for m, path in models.items() if (log := training_log(path))}

@@ -155,7 +155,7 @@ def read_source(source, seed=0):
         return [(source, k, row) for k, row in enumerate(toy_rows(source[4:], seed), 1)]
     if path.is_file():
         parquet, unpack = path.suffix == ".parquet", gzip.decompress if path.suffix == ".gz" else bytes
-        try:
+        try:  # JSON lines as one list, so that errors tell the line
             text = "[]" if parquet else unpack(path.read_bytes()).decode("utf-8-sig")
             text = text if text.lstrip().startswith("[") else "[%s]" % re.sub(r"(?<=\S)\s*?\n(?=\s*\S)", ",\n", text)
             rows = Dataset.from_parquet(source) if parquet else json.loads(text)
@@ -401,7 +401,7 @@ def begin(out, args, inputs, rewritable=None):
         old = json.loads((folder / "args.json").read_text()).get("content", {})
         diff = [f"{k}: {old.get(k)} -> {content.get(k)}" for k in sorted(old | content) if old.get(k) != content.get(k)]
         kept = rewritable not in old if folder == done else (folder / "checkpoints").exists()
-        check(not (diff and kept), f"{folder} is of other arguments ({'; '.join(diff[:5])}); remove it or change --out")
+        check(not (diff and kept), f"{folder} is of other arguments ({'; '.join(diff[:5])}); change --out or remove it")
         if folder == done and not diff:
             return None
     def make():

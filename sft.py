@@ -239,12 +239,13 @@ def pack(rows, flash):
 
 # with a plain list for an index the host would wait until the GPU has done all it was given
 on_device = lambda index, device: torch.tensor(index).long().to(device, non_blocking=True)
-
 def score(scorer, rows, micro, device):
     """Summed log-probs (R,) of all responses of the rows `micro`; a dummy is run, and has R = 0.
     With scorer.squares (2 R,): of each row its n log-probs, then its n sums of squares."""
     flash = device.type == "cuda" and not getattr(scorer.lm.config, "attn_logit_softcapping", None)
     batch = pack([rows[i] for i in micro or [0]], flash)
+    most = getattr(scorer.lm.config, "max_position_embeddings", math.inf)  # beyond: one of `kl`
+    check(batch[1].max() < most, f"{batch[1].max() + 1} tokens: prepare with --max-length {most}")
     check(batch[0].max() < scorer.lm.config.vocab_size, f"token id {batch[0].max()}: not in the vocabulary")
     out = scorer(*tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch))
     out = out.unflatten(0, (-1, len(rows[0][1]) if scorer.squares else 1)).mT.flatten()
@@ -388,12 +389,12 @@ def load_rows(path):
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a folder of prepare_data.py, like data/train, or damaged ({error})") from None
 
-def check_fit(data, model, rows):
+def check_fit(data, model, *sets):
     """ValueError if there is no model, or data have other tokens or longer rows than it takes."""
     config, folders = load_config(model), [p / "tokenizer" for p in Path(data).parents[:2]]
-    longest = max(len(p) + max(map(len, rs)) for p, rs in zip(rows["prompt"], rows["responses"]))
+    longest = max(len(p) + max(map(len, rs)) for x in sets for p, rs in zip(x["prompt"], x["responses"]))
     most = getattr(config, "max_position_embeddings", math.inf)
-    check(longest <= most, f"{data}: a row of {longest} tokens: prepare with --max-length {most} or less")
+    check(longest <= most, f"{data}: a row of {longest} tokens: prepare with --max-length {most}")
     files = [folder / "tokenizer.json" for folder in (*folders, Path(model))]
     vocab = [json.loads(f.read_text())["model"]["vocab"] for f in files if f.exists()]
     check(not vocab or vocab[0] == vocab[-1] and len(vocab[0]) <= config.vocab_size,

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["prepare_data", "sft", "align", "evaluate"]
-LIMITS = dict(prepare_data=440, sft=479, align=310, evaluate=430)  # without tables and losses, so that a new row or loss breaks no test
+LIMITS = dict(prepare_data=440, sft=480, align=310, evaluate=430)  # without tables and losses, so that a new row or loss breaks no test
 source = {name: (ROOT / f"{name}.py").read_text() for name in STAGES}
 lines = {name: text.splitlines() for name, text in source.items()}
 begin, end = (next(k for k, line in enumerate(lines["align"]) if line.startswith(head)) for head in ("LOSSES = {}", "def configure("))

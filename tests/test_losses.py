@@ -307,6 +307,20 @@ def detached(pi, *, beta=1.0):
     return (beta * (pi.l - pi.w)).detach()
 
 
+def r_of(pi):
+    return pi.w / pi.nw - pi.l / pi.nl
+
+
+def clipped(pi):
+    r = r_of(pi)
+    return -r.minimum(r.mean() + 3 * r.std(correction=0))
+
+
+def largest_left_out(pi):
+    r = r_of(pi)
+    return -torch.where(r > r.quantile(0.9), r.detach(), r)
+
+
 def two_names(pi):
     w, l = pi
     return l - w
@@ -326,11 +340,13 @@ MISTAKES = {  # what somebody might write under @loss: (the function, batch, wha
     "reduced": (lambda pi: (pi.l - pi.w).mean(), False, "must return (G,) losses"),
     "nothing returned": (lambda pi: None, False, "must return (G,) losses"),
     "across pairs": (lambda pi: (pi.l - pi.w) - (pi.l - pi.w).mean(), False, "batch=True"),
+    "an outlier clipped": (clipped, False, "batch=True"), "largest left out": (largest_left_out, False, "batch=True"),
     "across references": (lambda pi, ref: (pi.l - pi.w) - (ref.l - ref.w).mean(), False, "batch=True"),
     "across gaps": (lambda pi, gap: (pi.l - pi.w) * gap / gap.mean(), False, "batch=True"),
     "detached": (detached, False, "no gradient"), "lengths alone": (lambda pi: pi.nw - pi.nl, False, "no gradient"),
     "not a number": (lambda pi, *, beta=0.0: (pi.l - pi.w) / beta, False, "not finite"),
     "nothing for one pair": (lambda pi: pi.l - pi.w - ((pi.w - pi.w.mean()) / pi.w.std()).detach(), True, "or for one (a last batch may be)"),
+    "a gradient that is none": (lambda pi: torch.where(pi.l > -1e9, -r_of(pi), (pi.w - pi.w).sqrt()), False, "its gradient is not finite"),
     "no number": (lambda pi, *, beta=None: pi.l - pi.w, False, "numbers or strings"),
     "too few names": (two_names, False, "of_this_test, line"),
 }
@@ -412,13 +428,13 @@ def test_the_hash_of_a_loss_is_the_same_in_every_process(tmp_path):
 
 def test_constants_and_functions_that_are_passed_on_count_as_well(tmp_path):
     """A loss, the helper that it hands to map, and a constant: an edit of each changes the hash of this loss and of no other."""
-    spliced = ("SCALE, MORE = torch.tensor(2.0), {'shift': 1}\n\n@functools.cache\ndef squash(x):\n    return x.tanh()\n\n"
-               "@loss\ndef spliced_in_by_the_test(pi):\n    return -SCALE * sum(map(squash, [pi.w, -pi.l])) + MORE['shift']\n\ndef configure(")
+    spliced = ("SCALE, MORE = torch.tensor(2.0), {'shift': 1}\nTABLE = torch.arange(2000) % 700\n\n@functools.cache\ndef squash(x):\n    return x.tanh()\n\n"
+               "@loss\ndef spliced_in_by_the_test(pi):\n    return -SCALE * sum(map(squash, [pi.w, -pi.l])) + MORE['shift'] + TABLE[5]\n\ndef configure(")
     text, hashes = (ROOT / "align.py").read_text().replace("def configure(", spliced), []
-    for k, (old, new) in enumerate([("", ""), ("tensor(2.0)", "tensor(3.0)"), ("x.tanh()", "x.sin()"), ("'shift': 1", "'shift': 2")]):
+    for k, (old, new) in enumerate([("", ""), ("tensor(2.0)", "tensor(3.0)"), ("x.tanh()", "x.sin()"), ("'shift': 1", "'shift': 2"), ("% 700", "% 800")]):
         (tmp_path / f"fork{k}.py").write_text(text.replace(old, new) if old else text)
         spec = importlib.util.spec_from_file_location(f"fork{k}", tmp_path / f"fork{k}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         hashes.append([module.code_of(module.LOSSES[name]) for name in ("spliced_in_by_the_test", "dpo", "amapo")])
-    assert len({mine for mine, *_ in hashes}) == 4 and all(others == hashes[0][1:] for _, *others in hashes)
+    assert len({mine for mine, *_ in hashes}) == 5 and all(others == hashes[0][1:] for _, *others in hashes)

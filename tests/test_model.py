@@ -144,6 +144,21 @@ def test_a_row_longer_than_the_model_is_made_for_is_refused_before_the_model_is_
     rows["responses"][1][1].append(5)
     with pytest.raises(ValueError, match="a row of 10 tokens: prepare with --max-length 9"):
         sft.check_fit(tmp_path / "train", tmp_path, rows)
+    sft.check_fit(tmp_path / "train", tmp_path, dict(prompt=rows["prompt"][:1], responses=rows["responses"][:1]))
+    with pytest.raises(ValueError, match="a row of 10 tokens"):  # in the second of two sets
+        sft.check_fit(tmp_path / "train", tmp_path, dict(prompt=[], responses=[]), rows)
+
+
+def test_no_response_is_scored_beyond_the_positions_of_a_model(models, tmp_path):
+    """Not even one that no row has: the best response of the next row, behind this row's prompt, of which `kl` is."""
+    shutil.copytree(models["llama"], tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | dict(max_position_embeddings=9)))
+    scorer = sft.load_model(str(tmp_path / "m"), CPU)
+    rows = [([3] * 4, [[5] * 5, [6]]), ([3] * 4, [[5] * 6, [6]])]
+    assert sft.score(scorer, rows, [0], CPU).isfinite().all()
+    with pytest.raises(ValueError, match="10 tokens: prepare with --max-length 9"):
+        sft.score(scorer, rows, [0, 1], CPU)
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])
