@@ -416,10 +416,10 @@ def test_results_that_are_none_are_named(content, tmp_path):
         run_here("evaluate.py", "--summary", tmp_path, "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize("flag", ["--generate", "--max-new-tokens", "--temperature"])
-def test_numbers_below_zero_are_refused_before_a_model_is_loaded(flag, tmp_path):
-    with pytest.raises(SystemExit, match="wanted numbers from 0"):
-        run_here("evaluate.py", "model", "--data", "data", "--out", tmp_path / "out", flag, -3)
+@pytest.mark.parametrize("flag, value", [("--generate", -3), ("--max-new-tokens", 0), ("--temperature", -0.1), ("--temperature", "nan")])
+def test_numbers_out_of_range_are_refused_before_a_model_is_loaded(flag, value, tmp_path):
+    with pytest.raises(SystemExit, match=f"{flag}.*: wanted . or more"):
+        run_here("evaluate.py", "model", "--data", "data", "--out", tmp_path / "out", flag, value)
 
 
 # ------------------------------------------------------------------------------------------------- samples, answers, seeds
@@ -495,6 +495,14 @@ def test_instructions_are_answered_as_alpaca_eval_reads_them(models, data, tmp_p
     assert numbers[models["qwen2"].name]["kl"] == 0 and "reward" not in numbers[name]
     samples = json.loads((tmp_path / "o" / f"samples-{name}.json").read_text())
     assert len(samples) == 2 and numbers[name]["tokens"] <= 5
+
+
+@pytest.mark.parametrize("content", ["{", "[3]", "[{}]", '[{"instruction": null}]', '[{"instruction": [{"role": "user", "content": "the cat"}]}]'])
+def test_instructions_that_are_no_texts_are_refused_before_anything_is_scored(content, models, data, tmp_path, capsys):
+    (tmp_path / "set.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"set.json: not a JSON list of \{instruction\}"):
+        run_here("evaluate.py", models["llama"], "--data", data / "eval", "--out", tmp_path / "o", "--prompts", tmp_path / "set.json")
+    assert "row" not in capsys.readouterr().err
 
 
 def result(folder, models, generation=()):
