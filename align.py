@@ -435,8 +435,7 @@ def fetch(data, pairs, index, supply):
     after = [(pairs[i][0] + 1) % len(data) for i in index] if "kl" in supply else []
     batch, rows = data[[pairs[i][0] for i in index] + after], []
     for k, i in enumerate(index):
-        _, w, l, _ = pairs[i]
-        responses = [batch["responses"][k][w], batch["responses"][k][l]]
+        responses = [batch["responses"][k][j] for j in pairs[i][1:3]]
         if {"pi_head", "ref_head"} & {*supply}:
             responses += [r[: min(map(len, responses))] for r in responses]
         if after:
@@ -608,5 +607,6 @@ def arguments(add):
     add("--replay", action="store_true", help="batch losses: forward twice, but keep no graphs")
 
 if __name__ == "__main__":
-    losses = [f"{k}{inspect.signature(f)}\n    {(f.__doc__ or '-').splitlines()[0]}" for k, f in LOSSES.items()]
-    run(main, "\n".join([__doc__, "Losses, and how they describe themselves:", *losses]), arguments)
+    losses = ["Losses, where s is the sigmoid, r = w / nw - l / nl, u = w - ref_w, v = l - ref_l:"]
+    losses += [f"{k}{inspect.signature(f)}\n    {(f.__doc__ or '-').splitlines()[0]}" for k, f in LOSSES.items()]
+    run(main, "\n".join([__doc__, *losses]), arguments)
