@@ -53,7 +53,7 @@ def loss(function=None, *, batch=False):
     reference's (computed once, cached); `pi_head`, `ref_head`, those of the first min(nw, nl)
     tokens; `pi_square`, log sum_v pi(v)^2 summed over places, detached; `kl` (G,), policy
     minus reference log-prob of the next row's best response; `gap` (G,), the score difference
-    of each pair, or its --margins; `state`, for batch=True, a dict of 0-d float64 tensors, {} at
+    of each pair, or its --margins; `state`, for batch=True, a dict of 0-d tensors, {} at
     first: such a loss returns (losses, new state). Keyword-only parameters are hyper-parameters."""
     if function is None:
         return functools.partial(loss, batch=batch)
@@ -354,7 +354,7 @@ def reward(pi):
 
 def configure(name, settings):
     """(loss function, its hyper-parameters) from ["beta=2.5", ...]. ValueError if unknown, or for
-    what 16 made-up pairs, some ranked right, the last one far off, tell against them."""
+    what 65 made-up pairs, together and one by one, tell against them."""
     check(name in LOSSES, f"--loss {name}: unknown; choose from {', '.join(LOSSES)}")
     function, hp = LOSSES[name], dict(LOSSES[name].hp)
     signature, kinds = f"{name}{inspect.signature(function)}", {type(x) for x in hp.values()}
@@ -370,17 +370,19 @@ def configure(name, settings):
             hp[key] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             raise ValueError(f"--hp {setting}: wanted {key}=VALUE, a {kind.__name__}") from None
-    count = torch.arange(80.0, dtype=torch.float64).view(5, 16)  # of 16 pairs w, l, heads, kl
-    lengths, average = 2 + count % 3, -0.5 - count * 7 % 17 / 4 - 25.0 * (count == 31)
+    count = torch.arange(5.0 * 65, dtype=torch.float64).view(5, 65)  # rows: w, l, heads, kl
+    lengths, average = 2 + count % 3, -1 - count * 7 % 17 / 40
+    average[0, 9] = average[1, 5] = -3.5  # two pairs far from the others; and of pair 32 pi = ref
     leaf, ref, gap = (average * lengths).requires_grad_(), average.flip(1) * lengths, lengths[0]
-    trial = lambda here, state: apply_loss(function, hp, 0.0, lengths, ref, gap, state, leaf[:, here], here)
-    both, state = trial([*range(16)], {})
-    alone = torch.cat([trial([k], state)[0] for k in range(16)])  # as in a second step
-    both, alone = (torch.cat([x, torch.autograd.grad(x.sum(), leaf)[0].flatten()]) for x in (both, alone))
-    check(both.isfinite().all() and alone.isfinite().all(), f"{name} --hp {hp}: a loss or its "
-          "gradient is not finite for 16 made-up pairs, or for one (a last batch may be)")
-    check(function.batch or both.allclose(alone), f"{name} looks across pairs: @loss(batch=True)")
-    check(both[16:].any(), f"{name} --hp {hp}: no gradient for 16 made-up pairs; detached?")
+    trial = lambda at, old: apply_loss(function, hp, 0.0, lengths, ref, gap, old, leaf[:, at], at)
+    whole, state = trial(slice(None), {})
+    alone = torch.cat([trial([k], state)[0] for k in range(65)])  # as in a second step
+    whole, alone = (torch.stack([x, *torch.autograd.grad(x.sum(), leaf)[0]]) for x in (whole, alone))
+    check(whole.isfinite().all() and alone.isfinite().all(), f"{name} --hp {hp}: a loss or its "
+          "gradient is not finite for 65 made-up pairs, or for one (a last batch may be)")
+    check(function.batch or whole.allclose(alone, atol=1e-12), f"{name} looks across pairs: @loss(batch=True)")
+    check(trial(slice(None), {})[0].equal(whole[0]), f"{name}: other losses when called again; use `state`")
+    check(whole[1:].any(), f"{name} --hp {hp}: no gradient for 65 made-up pairs; detached?")
     return function, hp
 
 def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
@@ -421,11 +423,10 @@ def code_of(function, *above):
 def draw_pairs(scores, how, min_gap):
     """[(row, chosen, rejected, gap)]: `all` pairs of a row, or `best-worst`; never from a tie."""
     pairs = []
-    for row, s in enumerate(scores):
+    for k, s in enumerate(scores):
         order = sorted(range(len(s)), key=lambda i: -s[i])
         two = [(order[0], order[-1])] if how == "best-worst" else combinations(order, 2)
-        gaps = ((i, j, s[i] - s[j]) for i, j in two)
-        pairs += [(row, i, j, gap) for i, j, gap in gaps if gap > 0 and gap >= min_gap]
+        pairs += [(k, i, j, s[i] - s[j]) for i, j in two if s[i] > s[j] and s[i] - s[j] >= min_gap]
     return pairs
 
 def fetch(data, pairs, index, supply):
@@ -520,8 +521,8 @@ def backward(scorer, rows, losses_of, batch, replay, budget, device):
         outs = [score(scorer, rows, micros[k], device) for k in window]
         if not replay:
             settle(window, outs)
-        for k, out in reversed([*zip(window, outs)]):  # a single pass over all would add gradients in bf16
-            scorer.set_is_last_backward(k == window[0])  # of these graphs: FSDP forgets their order
+        for k, out in reversed([*zip(window, outs)]):  # one pass over all would add up in bf16
+            scorer.set_is_last_backward(k == window[0])  # FSDP then forgets the forwards' order
             # only in the last pass of the step do copies of the model (--replicas) add up gradients
             scorer.set_requires_all_reduce(k == window[0] and every[-1] in window)
             out.backward((world * grads[:, on_device(micros[k], device)].T.flatten()).to(out.dtype))
@@ -564,8 +565,7 @@ def main(args):
     first, saved = load_checkpoint(partial, scorer, optimizer)
     state, origin = saved or ({}, None)  # of the loss; the first step's metrics
     weight, replay = 0.0 if reward else args.sft_weight, args.replay and function.batch
-    bar = tqdm.trange(first, steps, total=steps, initial=first, desc=args.loss,
-                      unit="step", disable=dist.get_rank() > 0)
+    bar = tqdm.trange(first, steps, total=steps, initial=first, desc=args.loss, disable=dist.get_rank() > 0)
     for step in bar:
         began = time.monotonic()
         index = batch_indices(len(pairs), args.batch_size, args.seed, step)

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import tqdm
 import transformers
 
-from prepare_data import TASKS, begin, check, encode_prompt, fingerprint, load_tokenizer, run, true_reward
+from prepare_data import SPLITS, begin, check, encode_prompt, fingerprint, load_tokenizer, run, true_reward
 from sft import check_fit, load_model, load_rows, on_rank0, plan, print0, score, setup
 
 # ---------------------------------------------------------------------------- scores and samples
@@ -59,26 +59,28 @@ def generate(path, prompts, args, device, desc):
     stops = torch.tensor(lm.generation_config.eos_token_id).flatten().tolist()
     how = dict(temperature=args.temperature, top_p=1.0, top_k=0) if args.temperature else {}
     order, done = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), []
+    most = getattr(lm.config, "max_position_embeddings", math.inf)
+    check(max(map(len, prompts)) < most, f"{desc}: a prompt of {max(map(len, prompts))} tokens is too long")
     batches, parts = [order[k : k + 64] for k in range(0, len(order), 64)], [None] * world
     for k in tqdm.trange(rank, len(batches), world, desc=desc, unit="batch", disable=rank > 0):
         torch.manual_seed(1_000_003 * args.seed + k)
         inputs = tok.pad(dict(input_ids=[prompts[i] for i in batches[k]]), return_tensors="pt")
-        room = getattr(lm.config, "max_position_embeddings", math.inf) - inputs.input_ids.shape[1]
-        out = lm.generate(**inputs.to(device), max_new_tokens=min(args.max_new_tokens, room),
+        room = [min(args.max_new_tokens, most - len(prompts[i])) for i in batches[k]]
+        out = lm.generate(**inputs.to(device), max_new_tokens=max(room),
                           pad_token_id=tok.pad_token_id, do_sample=bool(how), **how)
-        for i, ids in zip(batches[k], out[:, inputs.input_ids.shape[1] :].tolist()):
-            end = next((j + 1 for j, token in enumerate(ids) if token in stops), None)
-            done.append((i, (ids[:end], end is not None)))
+        for i, n, ids in zip(batches[k], room, out[:, inputs.input_ids.shape[1] :].tolist()):
+            end = next((j + 1 for j, token in enumerate(ids[:n]) if token in stops), None)
+            done.append((i, (ids[: end or n], end is not None)))
     dist.all_gather_object(parts, done)
     return [response for _, response in sorted(pair for part in parts for pair in part)]
 
 def answer(path, name, args, device):
     """--prompts: a model's answers to a JSON list of {instruction}, as AlpacaEval reads them."""
     tok = load_tokenizer(path)
-    read = lambda: [(x, x["instruction"] + "") for x in json.loads(Path(args.prompts).read_text())]
-    items = on_rank0(read, what=f"{args.prompts}: not a JSON list of {{instruction}}: ")  # + "": a text
-    prompts = [encode_prompt(tok, [dict(role="user", content=text)]) for _, text in items]
-    answers = generate(path, prompts, args, device, f"{name}: answers")
+    read = lambda: [(x, encode_prompt(tok, [dict(role="user", content=x["instruction"] + "")]))
+                    for x in json.loads(Path(args.prompts).read_text())]
+    items = on_rank0(read, what=f"{args.prompts}: wanted a JSON list of {{instruction}}: ")
+    answers = generate(path, [prompt for _, prompt in items], args, device, f"{name}: answers")
     texts = tok.batch_decode([ids for ids, _ in answers], skip_special_tokens=True)
     return [dict(x, output=text, generator=name) for (x, _), text in zip(items, texts)]
 
@@ -96,7 +98,7 @@ def judge_samples(tok, rows, samples, logps, ref_logps, ref_rewards):
     means = dict(tokens=fmean(map(len, ids)), ended=fmean(ended), repetition=fmean(map(repetition, ids)))
     if ref_logps:
         means["kl"] = fmean(a - b for (a,), (b,) in zip(logps, ref_logps))
-    if json.loads(rows[0]["meta"]).get("task") in TASKS:
+    if {row["id"].rpartition("-")[0] for row in rows} <= {f"toy-{split}" for split in SPLITS}:
         rewards = [true_reward(row["meta"], text) for row, text in zip(rows, texts)]
         wins = [(a > b) + (a == b) / 2 for a, b in zip(rewards, ref_rewards or rewards)]
         means |= dict(reward=fmean(rewards), win=fmean(wins))
@@ -213,8 +215,7 @@ def measure(data, scores, base=None):
 
 def training_log(path):
     """The lines of metrics.jsonl of a model that align.py trained; [] for others."""
-    log = Path(path) / "metrics.jsonl"
-    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else []
+    lines = [json.loads(text) for log in Path(path).glob("metrics.jsonl") for text in open(log)]
     return [line for line in lines if "grad_well" in line]
 
 def audit(lines):
@@ -325,7 +326,9 @@ def find_sets(root):
     """{name: its columns} of a folder of prepared sets, in the order of writing, or of one set."""
     files = [*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json")]
     check(files, f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
-    sets = {f.parent.name: load_rows(f.parent)[:] for f in sorted(files, key=os.path.getmtime)}
+    report = "".join(f.read_text() for f in root.parent.glob("report.json"))  # in order of writing
+    place = lambda f: f'{report}"eval/{f.parent.name}"'.index(f'"eval/{f.parent.name}"')
+    sets = {f.parent.name: load_rows(f.parent)[:] for f in sorted(sorted(files), key=place)}
     for name, data in sets.items():
         check(any(len({*x}) > 1 for x in data["scores"]), f"{root}: set {name} has nothing to rank")
         data["prompt"] = [*map(tuple, data["prompt"])]  # can be keys
@@ -343,9 +346,8 @@ def export(data, kinds):
 
 def tabulate(folders, out, logs):
     """The tables of folders that main wrote, as one, in OUT. logs: see write_tables."""
-    def read(folder):
-        results = json.loads((Path(folder) / "results.json").read_text())
-        return results["ref"], tables_of(results)
+    load = lambda folder: json.loads((Path(folder) / "results.json").read_text())
+    read = lambda folder: (load(folder)["ref"], tables_of(load(folder)))
     refs, runs = zip(*[on_rank0(read, f, what=f"{f}/results.json: not of this evaluate.py: ") for f in folders])
     bases = [*refs, "dpo", "simpo", "simpo@gamma=0", "simpo@gamma=0,beta=10"]
     on_rank0(write_tables, Path(out), merge(runs, bases), logs)
@@ -376,7 +378,7 @@ def main(args):
         files[f"answers-{m}.json"] = answer(models[m], m, args, device)
     samples = {m: generate(p, prompts, args, device, f"{m}: samples") for m, p in models.items() if rows}
     results = dict(
-        args={}, ref=ref, models={m: {kind: {} for kind in kinds} for m in models}, generation={},
+        ref=ref, models={m: {kind: {} for kind in kinds} for m in models}, generation={},
         kinds=kinds, absent={s: sections(data)[2] for s, data in sets.items()},
         audit={m: audit(lines) for m, lines in logs.items()},
         longer_wins={s: measure(data, data["tokens"]) for s, data in sets.items()},
@@ -405,7 +407,6 @@ def main(args):
                 load_tokenizer(path), rows, samples[m], logps[m, m], logps.get((ref, m)), rewards.get(ref))
     if dist.get_rank() == 0:
         out = make()
-        results["args"] = json.loads((out / "args.json").read_text())
         for file, content in (files | {"results.json": results}).items():
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             (out / file).write_text(json.dumps(content, indent=None if "/" in file else 1))

@@ -387,7 +387,7 @@ def load_rows(path):
     try:
         return load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a folder of prepare_data.py, like data/train, or damaged ({error})") from None
+        raise ValueError(f"{path}: no set of prepare_data.py, or damaged ({error})") from None
 
 def check_fit(data, model, *sets):
     """ValueError if there is no model, or data have other tokens or longer rows than it takes."""
@@ -415,8 +415,7 @@ def start(args, reward=False, margins=None, **also):
         ids = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
         tok.pad_token_id = next((i for i in ids if i not in (None, end_of_turn(tok)[0])), None)
         check(tok.pad_token_id is not None, f"{args.data}: its tokenizer has no token to pad with")
-    if args.optimizer == "adamw8bit":
-        also["processes"] = [dist.get_world_size(), args.replicas]
+    also |= {} if args.optimizer == "adamw" else dict(processes=[dist.get_world_size(), args.replicas])
     make = begin(args.out, vars(args) | also, dict(data=[args.data], model=[args.model], margins=[margins]))
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was

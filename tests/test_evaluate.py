@@ -8,6 +8,7 @@ import itertools
 import gc
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -369,8 +370,7 @@ def test_the_table_has_a_row_for_every_model_and_kind(world, results):
     head, _, *lines = tables[title]
     assert dict(zip(head, lines[1]))["math Avg"] == f"{100 * results['models']['b']['average']['bench']['Avg']['domains']['math']:.1f}"
     finer = tables["Best against worst of a list; chosen of style i against rejected of style j, by average, %"]
-    assert finer[0] == ["model", *[c for s in results["longer_wins"] for c in (["lists best>worst"] if s == "lists" else [])],
-                        *[f"bench {i}>{j}" for i in range(3) for j in range(3)]]
+    assert finer[0] == ["model", *[f"bench {i}>{j}" for i in range(3) for j in range(3)], "lists best>worst"]
     assert E.markdown(E.tables_of(results)) == text
 
 
@@ -381,6 +381,16 @@ def test_batching_changes_nothing(world, results):
         for name in ("pairs", "lists", "bench"):
             for one, two in zip(rows_of(world, name, "b", out)[1], rows_of(world, name, "b")[1], strict=True):
                 assert one["sum"] == pytest.approx(two["sum"], rel=1e-5)
+
+
+def test_sets_stand_in_the_order_of_the_report_whatever_was_copied_when(world, tmp_path):
+    """Samples depend on it. What the report does not have comes last, by name."""
+    shutil.copytree(world / "eval", tmp_path / "eval")
+    for k, name in enumerate(("pairs", "bench", "lists")):
+        os.utime(tmp_path / "eval" / name / "dataset_info.json", (k, k))
+    assert list(E.find_sets(tmp_path / "eval")) == ["bench", "lists", "pairs"]
+    (tmp_path / "report.json").write_text(json.dumps(dict(sets={"train": {}, "eval/pairs": {}, "eval/lists": {}})))
+    assert list(E.find_sets(tmp_path / "eval")) == ["pairs", "lists", "bench"]
 
 
 def test_one_set_and_a_second_call(world, capsys):
@@ -394,7 +404,8 @@ def test_one_set_and_a_second_call(world, capsys):
     assert "complete" in outputs[1] and stamps[0] == stamps[1]  # nothing was written again
     results = json.loads((world / "single/results.json").read_text())
     assert results["templates"] == {"a": fingerprint(world / "a/chat_template.jinja")} and results["versions"]["torch"] == torch.__version__
-    assert list(results["longer_wins"]) == ["pairs"] and results["args"]["content"]["models"] == [f"a {fingerprint(world / 'a')}"]
+    assert list(results["longer_wins"]) == ["pairs"] and results["ref"] is None
+    assert json.loads((world / "single/args.json").read_text())["content"]["models"] == [f"a {fingerprint(world / 'a')}"]
 
 
 @pytest.mark.parametrize("model, data", [("none", "eval"), ("a", "none"), ("a", "a"), ("empty", "eval"), ("a", "tied")])
@@ -430,14 +441,17 @@ def options(**kwargs):
 
 
 def test_a_response_ends_where_the_model_does(models, tmp_path):
-    """With room for 9 tokens, 4 of them the longest prompt of the batch, a response has 5 at most; what it has is as without the limit."""
+    """With room for 9 tokens, of which a prompt takes 4 or 3, a response has 5 or 6 at most; what it has is as without the limit."""
     prompts = [[1, 9, 8, 7], [1, 9, 8]] * 20
     shutil.copytree(models["llama"], tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | dict(max_position_embeddings=9)))
     with process_group():
         long, short = (E.generate(str(path), prompts, options(), torch.device("cpu"), "") for path in (models["llama"], tmp_path / "m"))
-    assert max(len(ids) for ids, _ in long) > 5 and [ids[:5] for ids, _ in long] == [ids for ids, _ in short]
+    assert max(len(ids) for ids, _ in long) > 6
+    assert [(ids[: 9 - len(p)], end and len(ids) <= 9 - len(p)) for p, (ids, end) in zip(prompts, long)] == short
+    with process_group(), pytest.raises(ValueError, match="answers: a prompt of 9 tokens"):
+        E.generate(str(tmp_path / "m"), [[1, 9], [1] * 9], options(), torch.device("cpu"), "answers")
 
 
 def test_greedy_responses_are_those_of_one_prompt_at_a_time(models):
@@ -474,12 +488,15 @@ def test_numbers_of_samples_by_hand(tokenizer):
     tok = transformers.AutoTokenizer.from_pretrained(tokenizer)
     encode = lambda text: tok(text, add_special_tokens=False).input_ids
     meta = json.dumps(dict(task="reverse", answer=[2, 1]))
-    rows = [dict(id="a", meta=meta), dict(id="b", meta=meta)]
+    rows = [dict(id="toy-ID-0", meta=meta), dict(id="toy-Prompt-OOD-7", meta=meta)]
     samples = [(encode("It is: 2 1"), True), (encode("It is: 2 3"), False)]  # true rewards 2 and 1/2
     out, rewards, lines = E.judge_samples(tok, rows, samples, [[-3.0], [-4.0]], [[-5.0], [-4.5]], [2.0, 1.0])
     assert rewards == [2.0, 0.5] and [line["text"] for line in lines] == ["It is: 2 1", "It is: 2 3"]
     assert out["kl"] == pytest.approx((2 + 0.5) / 2) and out["reward"] == 1.25 and out["win"] == 0.25 and out["ended"] == 0.5
     assert out["tokens"] == (len(samples[0][0]) + len(samples[1][0])) / 2
+    own = dict(id="toy-1", meta=json.dumps(dict(task="reverse")))  # of somebody else: beside it there are no rewards
+    out, rewards, _ = E.judge_samples(tok, [rows[0], own], samples, [[-3.0], [-4.0]], [[-5.0], [-4.5]], [])
+    assert rewards == [] and "reward" not in out and "kl" in out
     assert E.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 - 4 / 5) and E.repetition([1, 1, 1]) == 0
 
 
@@ -497,10 +514,10 @@ def test_instructions_are_answered_as_alpaca_eval_reads_them(models, data, tmp_p
     assert len(samples) == 2 and numbers[name]["tokens"] <= 5
 
 
-@pytest.mark.parametrize("content", ["{", "[3]", "[{}]", '[{"instruction": null}]', '[{"instruction": [{"role": "user", "content": "the cat"}]}]'])
+@pytest.mark.parametrize("content", ["{", "[3]", "[{}]", '[{"instruction": "the <bos> cat"}]', '[{"instruction": null}]', '[{"instruction": [{"role": "user", "content": "the cat"}]}]'])
 def test_instructions_that_are_no_texts_are_refused_before_anything_is_scored(content, models, data, tmp_path, capsys):
     (tmp_path / "set.json").write_text(content)
-    with pytest.raises(SystemExit, match=r"set.json: not a JSON list of \{instruction\}"):
+    with pytest.raises(SystemExit, match=r"set.json: wanted a JSON list of \{instruction\}"):
         run_here("evaluate.py", models["llama"], "--data", data / "eval", "--out", tmp_path / "o", "--prompts", tmp_path / "set.json")
     assert "row" not in capsys.readouterr().err
 

@@ -303,6 +303,9 @@ def test_pairs_of_a_scored_list():
     assert draw_pairs(scores, "best-worst", 0.5) == [(0, 1, 0, 2.0)]
 
 
+MEMORY = dict(mean=0.0)
+
+
 def detached(pi, *, beta=1.0):
     return (beta * (pi.l - pi.w)).detach()
 
@@ -319,6 +322,26 @@ def clipped(pi):
 def largest_left_out(pi):
     r = r_of(pi)
     return -torch.where(r > r.quantile(0.9), r.detach(), r)
+
+
+def outlier_flattened(pi):
+    r = r_of(pi)
+    return -torch.nn.functional.logsigmoid(2.0 * r.clamp(max=r.detach().quantile(0.99)))
+
+
+def whitened_if_many(pi):
+    r = r_of(pi)
+    return -r if len(r) < 32 else r.mean() - r
+
+
+def no_slope_at_the_reference(pi, ref):
+    d = (pi.w - ref.w) - (pi.l - ref.l)
+    return -d.sign() * d.abs().sqrt()
+
+
+def remembered(pi):
+    MEMORY["mean"] = 0.9 * MEMORY["mean"] + 0.1 * r_of(pi).detach().mean()
+    return -torch.nn.functional.logsigmoid(r_of(pi) - MEMORY["mean"])
 
 
 def two_names(pi):
@@ -341,6 +364,9 @@ MISTAKES = {  # what somebody might write under @loss: (the function, batch, wha
     "nothing returned": (lambda pi: None, False, "must return (G,) losses"),
     "across pairs": (lambda pi: (pi.l - pi.w) - (pi.l - pi.w).mean(), False, "batch=True"),
     "an outlier clipped": (clipped, False, "batch=True"), "largest left out": (largest_left_out, False, "batch=True"),
+    "largest flattened": (outlier_flattened, False, "batch=True"), "for many pairs": (whitened_if_many, False, "batch=True"),
+    "no slope at the start": (no_slope_at_the_reference, False, "its gradient is not finite"),
+    "a memory of its own": (remembered, True, "use `state`"),
     "across references": (lambda pi, ref: (pi.l - pi.w) - (ref.l - ref.w).mean(), False, "batch=True"),
     "across gaps": (lambda pi, gap: (pi.l - pi.w) * gap / gap.mean(), False, "batch=True"),
     "detached": (detached, False, "no gradient"), "lengths alone": (lambda pi: pi.nw - pi.nl, False, "no gradient"),
