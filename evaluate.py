@@ -60,7 +60,7 @@ def generate(path, prompts, args, device, desc):
     how = dict(temperature=args.temperature, top_p=1.0, top_k=0) if args.temperature else {}
     order, done = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), []
     most = getattr(lm.config, "max_position_embeddings", math.inf)
-    check(max(map(len, prompts)) < most, f"{desc}: a prompt of {max(map(len, prompts))} tokens is too long")
+    check(all(len(p) < most for p in prompts), f"{desc}: a prompt of {most} tokens or more is too long")
     batches, parts = [order[k : k + 64] for k in range(0, len(order), 64)], [None] * world
     for k in tqdm.trange(rank, len(batches), world, desc=desc, unit="batch", disable=rank > 0):
         torch.manual_seed(1_000_003 * args.seed + k)

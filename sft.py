@@ -244,7 +244,7 @@ def score(scorer, rows, micro, device):
     With scorer.squares (2 R,): of each row its n log-probs, then its n sums of squares."""
     flash = device.type == "cuda" and not getattr(scorer.lm.config, "attn_logit_softcapping", None)
     batch = pack([rows[i] for i in micro or [0]], flash)
-    most = getattr(scorer.lm.config, "max_position_embeddings", math.inf)  # beyond: one of `kl`
+    most = getattr(scorer.lm.config, "max_position_embeddings", math.inf)  # kl's may be longer
     check(batch[1].max() < most, f"{batch[1].max() + 1} tokens: prepare with --max-length {most}")
     check(batch[0].max() < scorer.lm.config.vocab_size, f"token id {batch[0].max()}: not in the vocabulary")
     out = scorer(*tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), batch))
