@@ -323,10 +323,10 @@ def write_tables(folder, tables, logs):
 
 # ------------------------------------------------------------------------------------------ main
 def find_sets(root):
-    """{name: its columns} of a folder of prepared sets, in the order of writing, or of one set."""
+    """{name: its columns} of a folder of prepared sets, in the order of its report, or of one set."""
     files = [*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json")]
     check(files, f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
-    report = "".join(f.read_text() for f in root.parent.glob("report.json"))  # in order of writing
+    report = "".join(f.read_text() for f in root.parent.glob("report.json"))
     place = lambda f: f'{report}"eval/{f.parent.name}"'.index(f'"eval/{f.parent.name}"')
     sets = {f.parent.name: load_rows(f.parent)[:] for f in sorted(sorted(files), key=place)}
     for name, data in sets.items():
