@@ -60,7 +60,7 @@ def generate(path, prompts, args, device, desc):
     how = dict(temperature=args.temperature, top_p=1.0, top_k=0) if args.temperature else {}
     order, done = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), []
     most = getattr(lm.config, "max_position_embeddings", math.inf)
-    check(all(len(p) < most for p in prompts), f"{desc}: a prompt of {most} tokens or more is too long")
+    check(all(len(p) < most for p in prompts), f"{desc}: a prompt of {most} tokens or more")
     batches, parts = [order[k : k + 64] for k in range(0, len(order), 64)], [None] * world
     for k in tqdm.trange(rank, len(batches), world, desc=desc, unit="batch", disable=rank > 0):
         torch.manual_seed(1_000_003 * args.seed + k)
@@ -323,7 +323,7 @@ def write_tables(folder, tables, logs):
 
 # ------------------------------------------------------------------------------------------ main
 def find_sets(root):
-    """{name: its columns} of a folder of prepared sets, in the order of its report, or of one set."""
+    """{name: its columns} of a folder of prepared sets, in its report's order, or of one set."""
     files = [*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json")]
     check(files, f"{root}: no evaluation set; see prepare_data.py --eval NAME=SOURCE")
     report = "".join(f.read_text() for f in root.parent.glob("report.json"))
