@@ -128,7 +128,8 @@ try:
         align.check(name != "madpo" or not flags & {"pairs", "min-gap"}, "its reward model wants them too: ALIGN_ARGS")
         align.configure(name, [f"{k}={changes[k]}" for k in changes if k not in flags])
 except (ValueError, ArithmeticError) as error: sys.exit(f"run_all.sh: LOSSES: {error}" + ("; K may also be " + os.environ["FLAGS"]) * (" has no " in str(error)))
-for name, add in dict(SFT_ARGS=lambda x: align.trainer_arguments(x, 0, 0, 0, ""), ALIGN_ARGS=align.arguments, EVAL_ARGS=evaluate.arguments).items(): parse(name, add, os.environ.get(name, "").split())
+for name, add in dict(SFT_ARGS=lambda x: align.trainer_arguments(x, 0, 0, 0, ""), ALIGN_ARGS=align.arguments, EVAL_ARGS=evaluate.arguments).items():
+    parse(name, add, os.environ.get(name, "").split())
 print(*names)' $LOSSES)
 recipe() { # the arguments of a stage in this setting, or those called `other`
   awk -v s="$SETTING" -v l="${1%%@*}" '$1 == s && ($2 == l || $2 == "other") { $1 = ""; if ($2 == l || found == "") found = $0 }
@@ -170,12 +171,10 @@ chain() { # OUT SEED: all stages; the table in OUT/evaluation, or OUT/EXPERIMENT
     [[ " ${PREPARE_ARGS:-}" != *" --dry-run"* ]] || { say "a dry run: nothing was written"; exit 0; }
   fi
   [ "$MODEL" != toy ] || MODEL=$OUT/data/model
-  SFT=$MODEL
-  if [ "$SFT_DATA" != none ]; then
-    say "SFT: $OUT/sft"
-    "${launch[@]}" sft.py --model "$MODEL" --data "$OUT/data/sft" --out "$OUT/sft" \
-      $(recipe sft) --seed "$SEED" ${SFT_ARGS:-}
+  if [ "$SFT_DATA" = none ]; then SFT=$MODEL; else
     SFT=$OUT/sft
+    say "SFT: $SFT"
+    "${launch[@]}" sft.py --model "$MODEL" --data "$OUT/data/sft" --out "$SFT" $(recipe sft) --seed "$SEED" ${SFT_ARGS:-}
   fi
   for loss in $LOSSES; do
     [ "${loss%%@*}" != madpo ] || align reward
