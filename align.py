@@ -88,7 +88,7 @@ def amapo(pi, *, beta=2.5, group=0, form="code", znorm=True, exp=True, clip=True
 
 def amapo_margin(r, beta, form, znorm, exp, clip):
     """The margin (n,) of one statistics group r (n,). 0 where the official code is undefined: one
-    pair, or equal r. The exponent is capped at 80: one r of 128 far below a mean of 8 takes it there."""
+    pair, or equal r. The exponent is capped at 80, where one r of 128 far below a mean of 8 is."""
     z = -standardise(r, r.mean(), deviation(r))
     gamma = (z if znorm else r.mean() - r) * r.mean() * (1.0 if form == "code" else beta)
     pushed = z > 0 if form == "code" else gamma > 0
@@ -405,7 +405,7 @@ def apply_loss(function, hp, sft_weight, lengths, ref, gap, state, leaf, here):
           and torch.is_tensor(losses) and losses.shape == leaf[0].shape
           and all(torch.is_tensor(x) and x.ndim == 0 for x in state.values()),
           f"{function.__name__} must return (G,) losses, one a pair and not their mean; one that takes `state` "
-          f"(losses, new state), a dict of 0-d tensors; here came {str(out)[:60]}")
+          f"(losses, new state), a dict of 0-d tensors, no {type(out)} {getattr(out, 'shape', '')}")
     return losses - sft_weight * leaf[0] / n[0], {k: x.detach() for k, x in state.items()}
 
 def code_of(function, *above):

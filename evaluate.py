@@ -346,8 +346,7 @@ def export(data, kinds):
 
 def tabulate(folders, out, logs):
     """The tables of folders that main wrote, as one, in OUT. logs: see write_tables."""
-    load = lambda folder: json.loads((Path(folder) / "results.json").read_text())
-    read = lambda folder: (load(folder)["ref"], tables_of(load(folder)))
+    read = lambda f: ((x := json.loads((Path(f) / "results.json").read_text()))["ref"], tables_of(x))
     refs, runs = zip(*[on_rank0(read, f, what=f"{f}/results.json: not of this evaluate.py: ") for f in folders])
     bases = [*refs, "dpo", "simpo", "simpo@gamma=0", "simpo@gamma=0,beta=10"]
     on_rank0(write_tables, Path(out), merge(runs, bases), logs)

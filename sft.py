@@ -415,7 +415,8 @@ def start(args, reward=False, margins=None, **also):
         ids = tok.pad_token_id, tok.unk_token_id, tok.bos_token_id
         tok.pad_token_id = next((i for i in ids if i not in (None, end_of_turn(tok)[0])), None)
         check(tok.pad_token_id is not None, f"{args.data}: its tokenizer has no token to pad with")
-    also |= {} if args.optimizer == "adamw" else dict(processes=[dist.get_world_size(), args.replicas])
+    if args.optimizer == "adamw8bit":
+        also["processes"] = [dist.get_world_size(), args.replicas]
     make = begin(args.out, vars(args) | also, dict(data=[args.data], model=[args.model], margins=[margins]))
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
