@@ -376,12 +376,12 @@ def configure(name, settings):
     leaf, ref, gap = (average * lengths).requires_grad_(), average.flip(1) * lengths, lengths[0]
     trial = lambda at, old: apply_loss(function, hp, 0.0, lengths, ref, gap, old, leaf[:, at], at)
     whole, state = trial(slice(None), {})
-    alone = torch.cat([trial([k], state)[0] for k in range(65)])  # as in a second step
-    whole, alone = (torch.stack([x, *torch.autograd.grad(x.sum(), leaf)[0]]) for x in (whole, alone))
-    check(whole.isfinite().all() and alone.isfinite().all(), f"{name} --hp {hp}: a loss or its "
+    each = torch.cat([trial([k], state)[0] for k in range(65)])  # as in a second step
+    whole, each = (torch.stack([x, *torch.autograd.grad(x.sum(), leaf)[0]]) for x in (whole, each))
+    check(whole.isfinite().all() and each.isfinite().all(), f"{name} --hp {hp}: a loss or its "
           "gradient is not finite for 65 made-up pairs, or for one (a last batch may be)")
-    check(function.batch or whole.allclose(alone, atol=1e-12), f"{name} looks across pairs: @loss(batch=True)")
     check(trial(slice(None), {})[0].equal(whole[0]), f"{name}: other losses when called again; use `state`")
+    check(function.batch or whole.allclose(each, atol=1e-12), f"{name} looks across pairs: @loss(batch=True)")
     check(whole[1:].any(), f"{name} --hp {hp}: no gradient for 65 made-up pairs; detached?")
     return function, hp
 
@@ -547,15 +547,13 @@ def main(args):
     function, hp = configure(args.loss, args.hp)
     supply, reward = function.wants, args.loss == "reward"
     pairs = draw_pairs(load_rows(args.data)["scores"], args.pairs, args.min_gap)
-    check(pairs, f"{args.data}: no two scores of a row differ (by --min-gap at least); wanted data/train")
+    check(pairs, f"{args.data}: no row's scores differ (by --min-gap); wanted data/train")
     if args.margins:  # w - l of all pairs, by a reward model
         margins = json.loads(Path(args.margins).read_text())
         same = "data" in margins and margins["data"] == [fingerprint(args.data), len(pairs)]
         check(same, f"{args.margins}: not of the {len(pairs)} pairs of {args.data}")
         pairs = [(*pair[:3], margin) for pair, margin in zip(pairs, margins["margins"])]
-    if not (ready := start(args, reward, args.margins, hp=hp, code_of_the_loss=code_of(function))):
-        return
-    device, data, tok, scorer, optimizer, partial = ready
+    device, data, tok, scorer, optimizer, partial = start(args, reward, hp=hp, code_of_the_loss=code_of(function))
     epoch = math.ceil(len(pairs) / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * epoch)
     print0(f"{args.loss} {hp}: {len(pairs)} pairs x {args.epochs:g} epochs / {args.batch_size} "
@@ -578,7 +576,7 @@ def main(args):
                                                args.tokens_per_forward, device)
         metrics = describe(losses, logps, grads, lengths)
         lr, loss = learning_rate(step, steps, args.lr), metrics["loss"]
-        norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, ids, logps.T)
+        norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, ids, logps, losses[None], grads)
         if step == 0 and reference is not None:  # policy and reference were one model
             off = dpo(*(Logps(*x[:2], *lengths[:2]) for x in (logps, ref))).mean() - math.log(2)
             check(abs(off) < (1e-5 if device.type == "cpu" else 1e-2),

@@ -356,8 +356,8 @@ def main(args):
     if args.summary:
         return tabulate(args.summary, args.out, {})
     check(args.models and args.data, "wanted MODEL ... and --data, or --summary")
-    check(args.generate >= 0 <= args.temperature, "--generate, --temperature: wanted 0 or more")
-    check(args.max_new_tokens > 0, "--max-new-tokens: wanted 1 or more")
+    sound = args.generate >= 0 <= args.temperature and args.max_new_tokens > 0
+    check(sound, "--generate, --temperature, --max-new-tokens: out of range")
     sets = find_sets(Path(args.data))
     paths = [*dict.fromkeys(filter(None, [args.ref, *args.models]))]
     for path in paths:

@@ -225,8 +225,7 @@ def parse(row, kind):
     check(fits or {*keys} <= {*row}, "null or empty, a key of its shape", Dropped)
     check(fits, f"has {', '.join(sorted(has - {*row, 'domain:str'}))}: no known shape of --{kind}; rename or add keys")
     check(kind == "excluded" or len({*fits.values()}) == 1, f"{' or '.join(fits)}: ambiguous, remove all but one")
-    shape = [*fits][0]  # the first is the most special
-    answers, scores = fits[shape](row)
+    answers, scores = fits[shape := [*fits][0]](row)  # the first is the most special
     talks, scores = [messages(x, "assistant") for x in answers], [float(x) for x in scores]
     finite = len(talks) == len(scores) and all(map(math.isfinite, scores))
     check(isinstance(answers, list) and finite, "has not a list of answers and a finite score for each")
@@ -357,21 +356,23 @@ def parse_source(source, seed, kind, excluded=()):
 
 def build(source, tok, args, kind, excluded=()):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
     text, ids, what = Value("string"), List(Value("int32")), "sft" if kind == "sft" else "prefs"
     parsed, report = parse_source(source, args.seed, what, () if kind == "eval" else excluded)
     encode = encode_officially if args.official_quirks and kind == "eval" else encode_row
-    features = Features(id=text, prompt=ids, responses=List(ids), scores=List(Value("float64")),
-                        domain=text, style=ids, meta=text, dropped=List(text))
-    rows = Dataset.from_list(parsed).map(encode, fn_kwargs=dict(tok=tok, max_length=args.max_length), features=features,
+    raw = Features(id=text, prompt=List(dict(role=text, content=text)), responses=List(text),
+                   scores=List(Value("float64")), domain=text, style=ids, meta=text)
+    made = Features(raw | dict(prompt=ids, responses=List(ids), dropped=List(text)))
+    rows = [Dataset.from_list(parsed[k : k + 2000], raw) for k in range(0, len(parsed), 2000)]  # arrays end at 2 GiB
+    rows = concatenate_datasets(rows).map(encode, fn_kwargs=dict(tok=tok, max_length=args.max_length), features=made,
         desc=f"tokenise {source}", num_proc=min(32, os.cpu_count()) if len(parsed) > 300 else None)
     for reasons, responses in zip(rows["dropped"], rows["responses"]):
         report["dropped"].update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
     rows = rows.select([k for k, x in enumerate(rows["responses"]) if x]).remove_columns("dropped")
     check(len(rows), f"{source}: nothing is left of {report['rows_in']} rows; dropped {dict(report['dropped'])}")
-    asked, wins, lengths = [*map(len, rows["prompt"])], [], [[*map(len, responses)] for responses in rows["responses"]]
-    for sizes, scores in zip(lengths, rows["scores"]):
-        wins += [n > m for n, x in zip(sizes, scores) for m, y in zip(sizes, scores) if x > y]
+    asked, lengths = [*map(len, rows["prompt"])], [[*map(len, responses)] for responses in rows["responses"]]
+    lists = [[*zip(sizes, scores)] for sizes, scores in zip(lengths, rows["scores"])]
+    wins = [n > m for items in lists for n, x in items for m, y in items if x > y]
     percentiles = lambda x: {f"p{p}": sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
     return rows, report | dict(dropped=dict(report["dropped"]), kept=len(rows),
         longer_wins=round(sum(wins) / len(wins), 4) if wins else None, prompt_tokens=percentiles(asked),

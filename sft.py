@@ -8,6 +8,7 @@ Reads a folder of prepare_data.py, and `tokenizer` beside it. Writes OUT, a Hugg
 metrics.jsonl; OUT.partial until complete, and the same command resumes from its last checkpoint.
 """
 
+import functools
 import json
 import math
 import os
@@ -186,10 +187,11 @@ def load_model(path, device, checkpointed=0, reward=False, replicas=1, compiled=
     return scorer
 
 # ---------------------------------------------------------- data order, micro-batches, packed rows
+shuffled = functools.lru_cache(2)(lambda n, seed: random.Random(seed).sample(range(n), n))
 def batch_indices(n, batch_size, seed, step):
     """Data order, a pure function: where global batch `step` finds its items, permuted by epoch."""
     epoch, k = divmod(step, math.ceil(n / batch_size))
-    return random.Random(f"order {seed} {epoch}").sample(range(n), n)[k * batch_size :][:batch_size]
+    return shuffled(n, f"order {seed} {epoch}")[k * batch_size : (k + 1) * batch_size]
 
 def plan(rows, world, budget):
     """The micro-batches of a step: result[rank][k] lists positions in `rows`. A pure function.
@@ -271,15 +273,16 @@ def learning_rate(step, steps, peak, warmup=0.1):
     angle = math.pi * max(0, step - warm) / max(1, steps - warm)
     return peak * min((step + 1) / warm, 0.5 + 0.5 * math.cos(angle))
 
-def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), logps=()):
+def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), *values):
     """Clip by global norm, step, clear. Returns the norm, and the signal that any rank got, or 0.
-    No step but ValueError if not finite; it names `ids`, rows, with `logps` (G, ...)."""
+    No step but ValueError if not finite; it names those of `ids`, rows, whose values (., G) are."""
     norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), clip).full_tensor()
     both = torch.stack([norm, norm.new_full((), max(SIGNALS, default=0))])  # one host sync for both
     dist.all_reduce(both, dist.ReduceOp.MAX)
     norm, stop = both.tolist()
     if not math.isfinite(loss + norm):
-        raise ValueError(f"loss {loss}, gradient norm {norm} in step {step}: log-probs {[*zip(ids, logps.tolist())]}")
+        odd = {k: x for k, x in zip(ids, torch.cat(values).T.tolist()) if not math.isfinite(sum(x))}
+        raise ValueError(f"loss {loss}, gradient norm {norm} in step {step}: rows {odd or [*ids]}")
     optimizer.param_groups[0]["lr"] = lr
     for p, local in zip(optimizer.named.values(), optimizer.param_groups[0]["params"]):
         if p is not local:
@@ -340,8 +343,7 @@ def load_checkpoint(partial, scorer, optimizer):
                 return folder
             print(f"{folder} is damaged: the one before it is used, if any", flush=True)
             os.replace(folder, folder.with_name(f"draft-{folder.name}"))
-    folder = on_rank0(newest)
-    if not folder:
+    if not (folder := on_rank0(newest)):
         return 0, None
     for p in scorer.parameters():
         p.grad = torch.zeros_like(p)
@@ -377,7 +379,7 @@ def save_model(scorer, tok, partial, args):
         tok.save_pretrained(partial)
         os.replace(partial, args.out)
         shutil.rmtree(Path(args.out) / "checkpoints", ignore_errors=True)
-    on_rank0(write, what=f"{partial}: is there room? the same command resumes: ")
+    on_rank0(write, what=f"{partial}: is there room? (the last checkpoint, if any, is kept): ")
     print0(f"wrote {args.out}")
 
 # ------------------------------------------------------------------------------------------ main
@@ -390,19 +392,19 @@ def load_rows(path):
         raise ValueError(f"{path}: no set of prepare_data.py, or damaged ({error})") from None
 
 def check_fit(data, model, *sets):
-    """ValueError if there is no model, or data have other tokens or longer rows than it takes."""
-    config, folders = load_config(model), [p / "tokenizer" for p in Path(data).parents[:2]]
+    """ValueError if it is no language model, or does not take the tokens or the length of data."""
+    config, both = load_config(model), [p / "tokenizer/tokenizer.json" for p in Path(data).parents[:2]]
     longest = max(len(p) + max(map(len, rs)) for x in sets for p, rs in zip(x["prompt"], x["responses"]))
     most = getattr(config, "max_position_embeddings", math.inf)
+    check("Classification" not in str(config.architectures), f"{model} is a reward model")
     check(longest <= most, f"{data}: a row of {longest} tokens: prepare with --max-length {most}")
-    files = [folder / "tokenizer.json" for folder in (*folders, Path(model))]
-    vocab = [json.loads(f.read_text())["model"]["vocab"] for f in files if f.exists()]
+    vocab = [json.loads(f.read_text())["model"]["vocab"] for f in (*both, Path(model) / "tokenizer.json") if f.exists()]
     check(not vocab or vocab[0] == vocab[-1] and len(vocab[0]) <= config.vocab_size,
           f"{data} was prepared with another tokenizer than that of {model}")
 
-def start(args, reward=False, margins=None, **also):
-    """Device, rows, tokenizer, scorer, optimizer and OUT.partial of a trainer; None if OUT is
-    complete. Bad arguments fail here. margins, a file, also: what else makes the result."""
+def start(args, reward=False, **also):
+    """Device, rows, tokenizer, scorer, optimizer and OUT.partial of a trainer, which ends here if
+    OUT is complete or arguments are bad. also: what makes the result beside them."""
     device, rows = setup(), load_rows(args.data)
     positive = ("batch_size", "clip", "epochs", "lr", "replicas", "tokens_per_forward")
     for name, value in vars(args).items():
@@ -417,19 +419,18 @@ def start(args, reward=False, margins=None, **also):
         check(tok.pad_token_id is not None, f"{args.data}: its tokenizer has no token to pad with")
     if args.optimizer == "adamw8bit":
         also["processes"] = [dist.get_world_size(), args.replicas]
-    make = begin(args.out, vars(args) | also, dict(data=[args.data], model=[args.model], margins=[margins]))
+    make = begin(args.out, vars(args) | also, {k: [vars(args).get(k)] for k in ("data", "model", "margins")})
     if make is None:
         on_rank0(shutil.rmtree, Path(args.out) / "checkpoints", True)  # if killed before it was
-        return print0(f"{args.out} is complete")
+        print0(f"{args.out} is complete")
+        os._exit(0)  # as `run` does
     scorer = load_model(args.model, device, args.checkpoint_layers, reward, args.replicas, args.compile)
     optimizer = make_optimizer(args.optimizer, scorer, args.weight_decay)
     return device, rows, tok, scorer, optimizer, on_rank0(make)
 
 def main(args):
     check(max(map(len, load_rows(args.data)["scores"])) == 1, f"{args.data}: not demonstrations")
-    if not (ready := start(args)):
-        return
-    device, data, tok, scorer, optimizer, partial = ready
+    device, data, tok, scorer, optimizer, partial = start(args)
     rank, world = dist.get_rank(), dist.get_world_size()
     steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(data) / args.batch_size))
     print0(f"sft: {len(data)} demonstrations x {args.epochs:g} epochs / {args.batch_size} a step = "
@@ -441,13 +442,12 @@ def main(args):
         batch = data[batch_indices(len(data), args.batch_size, args.seed, step)]
         rows = list(zip(batch["prompt"], batch["responses"]))
         tokens = sum(len(r) for _, rs in rows for r in rs)
-        logps = torch.zeros(len(rows), dtype=torch.float64, device=device)
-        micros = plan(rows, world, args.tokens_per_forward)[rank]
-        for k, micro in enumerate(micros, 1):
+        logps = torch.zeros(1, len(rows), dtype=torch.float64, device=device)
+        for k, micro in enumerate(micros := plan(rows, world, args.tokens_per_forward)[rank], 1):
             scorer.set_requires_all_reduce(k == len(micros))  # as in align.backward
             out = score(scorer, rows, micro, device)
             (-out.sum() * world / tokens).backward()  # FSDP averages over ranks
-            logps[on_device(micro, device)] = out.detach().double()
+            logps[:, on_device(micro, device)] = out.detach().double()
         dist.all_reduce(logps)
         lr, loss = learning_rate(step, steps, args.lr), -logps.sum().item() / tokens
         norm, stop = update(scorer, optimizer, lr, args.clip, loss, step + 1, batch["id"], logps)

@@ -49,15 +49,25 @@ def process_group():
             dist.destroy_process_group()
 
 
+class Left(BaseException):
+    """What os._exit, with which a stage ends, is here."""
+
+
+def raise_left():
+    raise Left
+
+
 def run_here(script, *args):
     """Run a stage as a script inside this process (an import of torch costs seconds). Its SystemExit, if any, is raised."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     argv, sys.argv = sys.argv, [str(ROOT / script), *map(str, args)]
     here, leave = os.getpid(), os._exit
-    os._exit = lambda code: os.getpid() == here or leave(code)  # a stage ends so; this process goes on, not those that it forks
+    os._exit = lambda code: raise_left() if os.getpid() == here else leave(code)  # this process goes on, not those that it forks
     try:
         with process_group():
             runpy.run_path(sys.argv[0], run_name="__main__")
+    except Left:
+        pass
     finally:
         sys.argv, os._exit = argv, leave
         for number, handler in handlers.items():
@@ -86,12 +96,21 @@ def counted(tensor, *args, group=None, **kwargs):
 dist.all_reduce = counted
 dist.init_process_group("gloo")
 dist.init_process_group = lambda *args, **kwargs: None
+class Left(BaseException):
+    pass
 here, leave = os.getpid(), os._exit
-os._exit = lambda code: os.getpid() == here or leave(code)  # a stage ends so; this process goes on
+def exit_here(code):  # a stage ends so; this process goes on
+    if os.getpid() != here:
+        leave(code)
+    raise Left
+os._exit = exit_here
 for argv in json.load(open(sys.argv[1])):
     sys.argv, sys.path[0] = argv, argv[0].rpartition("/")[0]
     sums.clear()
-    runpy.run_path(argv[0], run_name="__main__")
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except Left:
+        pass
     if dist.get_rank() == 0:
         json.dump(sums, open(argv[argv.index("--out") + 1] + ".sums", "w"))
 sys.stdout.flush()

@@ -429,7 +429,7 @@ def test_results_that_are_none_are_named(content, tmp_path):
 
 @pytest.mark.parametrize("flag, value", [("--generate", -3), ("--max-new-tokens", 0), ("--temperature", -0.1), ("--temperature", "nan")])
 def test_numbers_out_of_range_are_refused_before_a_model_is_loaded(flag, value, tmp_path):
-    with pytest.raises(SystemExit, match=f"{flag}.*: wanted . or more"):
+    with pytest.raises(SystemExit, match=f"{flag}.*: out of range"):
         run_here("evaluate.py", "model", "--data", "data", "--out", tmp_path / "out", flag, value)
 
 

@@ -8,6 +8,7 @@ known and the one before it used; what is wrong is one line that names the file,
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -286,14 +287,25 @@ def test_log_probs_that_are_not_finite_name_step_and_rows(loss, align, models, t
     shutil.copytree(models["llama"], tmp_path / "m")
     edit(tmp_path / "m", lambda t: t[KEY].fill_(float("nan")))
     line = refused(*align(tmp_path / "o", *SHORT), "--loss", loss, "--model", tmp_path / "m")
-    assert "step 1" in line and "('12', [nan, nan])" in line
+    assert "step 1" in line and "'12': [nan, nan" in line
     assert not (tmp_path / "o").exists() and not (tmp_path / "o.partial/checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_names_the_pairs_at_fault_alone(align, data, tmp_path):
+    """odpo takes the logarithm of a gap, which these margins make negative for one pair of a batch of nine."""
+    from prepare_data import fingerprint
+
+    margins = tmp_path / "m.json"
+    margins.write_text(json.dumps(dict(data=[fingerprint(data / "train"), 19], margins=[1.0 - 3 * (k == 7) for k in range(19)])))
+    line = refused(*align(tmp_path / "o", "--batch-size", 19), "--loss", "odpo", "--margins", margins)
+    numbers = re.findall(r"'(\w+)': \[([^\]]*)\]", line)
+    assert [k for k, _ in numbers] == [load_rows(data / "train")["id"][7]] and "nan" in numbers[0][1]
 
 
 # ------------------------------------------------------------------------------------------------------- arguments, one failing rank
 WRONG = ["--lr 0", "--lr -1", "--lr nan", "--lr inf", "--clip -1", "--clip nan", "--save-every -1", "--max-steps -3", "--epochs inf",
          "--checkpoint-layers -1", "--weight-decay nan", "--tokens-per-forward 0", "--min-gap -1", "--sft-weight nan", "--hp beta=nan",
-         "--hp beta=inf", "--hp form=none"]
+         "--hp beta=inf", "--hp form=none", "--replicas 2"]
 
 
 @pytest.mark.parametrize("arguments", WRONG)

@@ -470,6 +470,7 @@ def test_learning_rate():
         assert sft.learning_rate(step, 40, 2.0) == pytest.approx(rate, abs=1e-12)
     assert sft.learning_rate(0, 1, 2.0) == sft.learning_rate(0, 3, 2.0) == 2.0  # a warm-up of at least one step
     assert min(sft.learning_rate(k, n, 1.0) for n in range(1, 60) for k in range(n)) > 0
+    assert [sft.learning_rate(0, n, 1.0) for n in (14, 16)] == [1.0, 0.5]  # a tenth, rounded: 1 and 2 steps of warm-up
 
 
 # --------------------------------------------------------------------------------------------------------------------- optimizers

@@ -644,6 +644,13 @@ def test_every_epoch_is_a_permutation(n, size, seed, epoch):
     assert len({tuple(sft.batch_indices(30, 30, s, e)) for s in range(3) for e in range(3)}) == 9
 
 
+def test_an_epoch_is_permuted_once_not_in_every_step():
+    """Of 650,000 rows a permutation takes 0.4 s, and an epoch has thousands of steps."""
+    sft.shuffled.cache_clear()
+    steps = [sft.batch_indices(100, 10, 3, k) for k in range(20)]
+    assert sft.shuffled.cache_info().misses == 2 and sorted(sum(steps[:10], [])) == sorted(sum(steps[10:], [])) == list(range(100))
+
+
 # -------------------------------------------------------------------------------------------------------------------- real data
 
 
@@ -682,6 +689,23 @@ def test_real_hh_and_sharegpt(toks):
     assert report["shapes"] == {"ShareGPT": 40} and len(rows) == 40 - sum(report["dropped"].values()) > 35
     turns = [tok.decode(ids).count("<|start_header_id|>") for ids in rows["prompt"]]
     assert Counter(turns) - Counter(len(r["conversations"]) + 1 for r in raw) == Counter()
+
+
+@pytest.mark.parametrize("size", [2_500, pytest.param(24_000, marks=pytest.mark.soak)])
+def test_a_set_may_have_more_text_than_an_array_can_hold(size, toks, monkeypatch):
+    """An arrow array of texts ends at 2 GiB, which UltraChat's dialogues are above. Here `meta` has 2.2 GiB in the long form; in the short
+    one no array has more than 2,000 rows, styles are given or empty in turns."""
+    junk = "x" * (100_000 if size > 10_000 else 10)
+    bench = dict(chosen=["a", "b", "c"], rejected=["d", "e", "f"])
+    raw = [dict(prompt=f"p{k}", junk=junk, **(dict(chosen="a", rejected="b") if k < 2_200 or size > 10_000 else bench)) for k in range(size)]
+    monkeypatch.setattr(P, "read_source", lambda *_: [("here", k, row) for k, row in enumerate(raw, 1)])
+    monkeypatch.setattr(P, "fingerprint", lambda path: "")
+    whole, sizes = datasets.Dataset.from_list, []
+    monkeypatch.setattr(datasets.Dataset, "from_list", lambda rows, *args: sizes.append(len(rows)) or whole(rows, *args))
+    rows, _ = P.build("here", toks["chatml"], settings_of(100), "train")
+    assert len(rows) == size == sum(sizes) and max(sizes) <= 2_000
+    assert json.loads(rows[size - 1]["meta"]) == raw[-1] and rows[0]["style"] == [] and rows[0]["scores"] == [1, 0]
+    assert size > 10_000 or rows[size - 1]["style"] == [0, 1, 2, 0, 1, 2]
 
 
 def test_an_error_in_json_lines_names_the_line_of_the_file(tmp_path):

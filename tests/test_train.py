@@ -208,6 +208,20 @@ def test_metrics_keep_the_digits_of_a_small_learning_rate(align, tmp_path):
     run_here(*align("simpo", tmp_path / "o", "--batch-size", 9, "--max-steps", 10, "--lr", 6e-7))
     expected = [6e-7] + [3e-7 * (1 + math.cos(math.pi * k / 9)) for k in range(9)]
     assert [line["lr"] for line in metrics(tmp_path / "o")] == pytest.approx(expected, rel=1e-5)
+    for key in ("logp_chosen", "logp_rejected"):  # since the first step
+        values = [line[key] for line in metrics(tmp_path / "o")]
+        assert [line[f"d{key}"] for line in metrics(tmp_path / "o")] == pytest.approx([x - values[0] for x in values], abs=1e-12)
+        assert len({*values}) > 5
+
+
+def test_equal_pairs_are_barely_right_and_shares_of_no_gradient_are_zero():
+    """r = -1 / 2 + 2 / 2 of both pairs is their mean, so 0 < r <= mean r."""
+    import align as loop
+
+    logps = torch.tensor([[-1.0, -1.0], [-2.0, -2.0]]).double()
+    out = loop.describe(torch.zeros(2).double(), logps, torch.zeros_like(logps), torch.full_like(logps, 2))
+    assert (out["pairs_misranked"], out["pairs_barely"], out["pairs_well"]) == (0, 1, 0) and out["margin_std"] == 0
+    assert [out[f"grad_{name}"] for name in ("misranked", "barely", "well")] == [0, 0, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------ kill -9 and resume
@@ -593,6 +607,11 @@ def test_reward_model_its_folder_its_margins_and_madpo(align, data, models, tmp_
             rewards.append(judge(input_ids=ids, attention_mask=(ids != tok.pad_token_id).long()).logits[:, 0].tolist())
     saved = json.loads((tmp_path / "rm/margins.json").read_text())
     assert saved["margins"] == pytest.approx([a - b for a, b in rewards], rel=1e-4, abs=1e-4)
+    for job in (["sft.py", "--data", data / "sft"], ["align.py", "--loss", "dpo", "--data", data / "train"],
+                ["evaluate.py", tmp_path / "rm", "--data", data / "eval"]):  # with tied embeddings it would pass for a language model
+        model = [] if job[0] == "evaluate.py" else ["--model", tmp_path / "rm"]
+        with pytest.raises(SystemExit, match="rm is a reward model"):
+            run_here(*job, *model, "--out", tmp_path / "none")
     margins = tmp_path / "margins.json"  # of a size that matters: h from -3 to 3
     margins.write_text(json.dumps(saved | dict(margins=[-3 + k / 3 for k in range(19)])))
     run_here(*align("madpo", tmp_path / "madpo", "--batch-size", 19, "--max-steps", 1, "--margins", margins, "--hp", "tau=2"))
