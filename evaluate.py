@@ -209,7 +209,7 @@ def measure(data, scores, base=None):
         out["Avg"] = dict(accuracy=fmean(x["accuracy"] for x in main),
                           domains={d: fmean(x["domains"][d] for x in main) for d in shared})
     if not any(data["style"]) and max(map(len, data["scores"])) > 2:
-        taus = [tau for row in zip(data["scores"], scores) if (tau := kendall_tau(*row)) is not None]
+        taus = [tau for x in zip(data["scores"], scores) if (tau := kendall_tau(*x)) is not None]
         next(iter(out.values()))["tau"] = sum(taus) / max(1, len(taus))
     return out
 
@@ -387,8 +387,7 @@ def main(args):
         scorer, budget = load_model(path, device), args.tokens_per_forward
         for s, data in sets.items():
             sums = score_set(scorer, data, budget, device, f"{m}: {s}")
-            average = [[x / n for x, n in zip(*row)] for row in zip(sums, data["tokens"])]
-            scores = dict(average=average, sum=sums)
+            scores = dict(average=[[x / n for x, n in zip(*row)] for row in zip(sums, data["tokens"])], sum=sums)
             old = files.get(f"scores/{ref}/{s}.json") if ref else None  # --ref is scored first
             if old:
                 scores["implicit"] = [[x - y for x, y in zip(a, b["sum"])] for a, b in zip(sums, old)]

@@ -29,6 +29,7 @@ import tempfile
 import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jinja2
@@ -380,14 +381,15 @@ def build(source, tok, args, kind, excluded=()):
 
 def fingerprint(path, whole=False):
     """Hash of a file or folder: names, sizes, bytes (of files from 256 MiB, unless `whole`, first and last MiB)."""
-    digest, top, mib = hashlib.sha256(), Path(path), 1 << 20
-    for file in sorted(f for f in [top, *top.rglob("*")] if f.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(top)} {size}".encode())
-        with open(file, "rb") as data:
-            for place in range(0, size, mib) if whole or size < 256 * mib else (0, size - mib):
-                digest.update(os.pread(data.fileno(), mib, place))
-    return digest.hexdigest()[:16] if top.exists() else str(path)  # a hub id is its own
+    top, mib = Path(path), 1 << 20
+    sizes = {f: f.stat().st_size for f in sorted([top, *top.rglob("*")]) if f.is_file()}
+    places = lambda n: range(0, n, mib) if whole or n < 256 * mib else (0, n - mib)
+    def read(piece):
+        with open(piece[0], "rb") as file:
+            return hashlib.sha256(os.pread(file.fileno(), mib, piece[1])).digest()
+    parts = ThreadPoolExecutor().map(read, [(f, k) for f, n in sizes.items() for k in places(n)])  # on all cores
+    names = repr([(str(f.relative_to(top)), n) for f, n in sizes.items()])
+    return hashlib.sha256(b"".join([names.encode(), *parts])).hexdigest()[:16] if top.exists() else str(path)  # hub id
 
 def begin(out, args, inputs, rewritable=None):
     """None if OUT is complete, else a function that makes OUT.partial. Other content in them is a ValueError, except
@@ -429,8 +431,7 @@ def run(main, doc, arguments):
 
 def main(args):
     toy, held_out = args.model == "toy", args.exclude_prompts_from or ""
-    given = dict(sft=args.sft or toy and "toy:sft", train=args.prefs or toy and "toy:prefs")
-    jobs = {name: source for name, source in given.items() if source}
+    jobs = {k: x for k, x in dict(sft=args.sft or "toy:sft" * toy, train=args.prefs or "toy:prefs" * toy).items() if x}
     for item in args.eval or ([f"{split}=toy:{split}" for split in [*SPLITS][2:]] if toy else []):
         form = re.fullmatch(r"(\w[\w.-]*)=(.+)", item)
         check(form and f"eval/{form[1]}" not in jobs, f"--eval {item}: wanted NAME=SOURCE, once")
