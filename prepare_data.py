@@ -359,14 +359,14 @@ def build(source, tok, args, kind, excluded=()):
     """A source -> (its `datasets.Dataset`, its part of the report)."""
     from datasets import Dataset, Features, List, Value, concatenate_datasets
     text, ids, what = Value("string"), List(Value("int32")), "sft" if kind == "sft" else "prefs"
-    parsed, report = parse_source(source, args.seed, what, () if kind == "eval" else excluded)
+    rows, report = parse_source(source, args.seed, what, () if kind == "eval" else excluded)
     encode = encode_officially if args.official_quirks and kind == "eval" else encode_row
     raw = Features(id=text, prompt=List(dict(role=text, content=text)), responses=List(text),
                    scores=List(Value("float64")), domain=text, style=ids, meta=text)
     made = Features(raw | dict(prompt=ids, responses=List(ids), dropped=List(text)))
-    rows = [Dataset.from_list(parsed[k : k + 2000], raw) for k in range(0, len(parsed), 2000)]  # arrays end at 2 GiB
+    rows = [Dataset.from_list(rows[k : k + 2000], raw) for k in range(0, len(rows), 2000)]  # arrays end at 2 GiB
     rows = concatenate_datasets(rows).map(encode, fn_kwargs=dict(tok=tok, max_length=args.max_length), features=made,
-        desc=f"tokenise {source}", num_proc=min(32, os.cpu_count()) if len(parsed) > 300 else None)
+        desc=f"tokenise {source}", num_proc=min(32, os.cpu_count()) if report["rows_in"] > 300 else None)
     for reasons, responses in zip(rows["dropped"], rows["responses"]):
         report["dropped"].update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
     rows = rows.select([k for k, x in enumerate(rows["responses"]) if x]).remove_columns("dropped")

@@ -692,7 +692,7 @@ def test_real_hh_and_sharegpt(toks):
 
 
 @pytest.mark.parametrize("size", [2_500, pytest.param(24_000, marks=pytest.mark.soak)])
-def test_a_set_may_have_more_text_than_an_array_can_hold(size, toks, monkeypatch):
+def test_a_set_may_have_more_text_than_an_array_can_hold(size, toks, tmp_path, monkeypatch):
     """An arrow array of texts ends at 2 GiB, which UltraChat's dialogues are above. Here `meta` has 2.2 GiB in the long form; in the short
     one no array has more than 2,000 rows, styles are given or empty in turns."""
     junk = "x" * (100_000 if size > 10_000 else 10)
@@ -706,6 +706,8 @@ def test_a_set_may_have_more_text_than_an_array_can_hold(size, toks, monkeypatch
     assert len(rows) == size == sum(sizes) and max(sizes) <= 2_000
     assert json.loads(rows[size - 1]["meta"]) == raw[-1] and rows[0]["style"] == [] and rows[0]["scores"] == [1, 0]
     assert size > 10_000 or rows[size - 1]["style"] == [0, 1, 2, 0, 1, 2]
+    rows.save_to_disk(tmp_path / "set")
+    assert sft.load_rows(tmp_path / "set")[size - 1] == rows[size - 1]
 
 
 def test_an_error_in_json_lines_names_the_line_of_the_file(tmp_path):
