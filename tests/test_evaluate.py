@@ -408,6 +408,16 @@ def test_one_set_and_a_second_call(world, capsys):
     assert json.loads((world / "single/args.json").read_text())["content"]["models"] == [f"a {fingerprint(world / 'a')}"]
 
 
+def test_two_models_of_one_name_are_told_by_their_paths(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "a", tmp_path / "x/m")
+    shutil.copytree(world / "b", tmp_path / "y/m")
+    monkeypatch.chdir(tmp_path)
+    run_here("evaluate.py", "x/m", "y/m", world / "a", "--ref", world / "a", "--data", world / "eval/pairs", "--out", "o")
+    scores = {name: json.loads((tmp_path / f"o/scores/{name}/pairs.json").read_text()) for name in ("x_m", "y_m", "a")}
+    assert list(json.loads((tmp_path / "o/results.json").read_text())["models"]) == ["a", "x_m", "y_m"]
+    assert scores["a"] == scores["x_m"] != scores["y_m"]
+
+
 @pytest.mark.parametrize("model, data", [("none", "eval"), ("a", "none"), ("a", "a"), ("empty", "eval"), ("a", "tied")])
 def test_bad_paths_are_one_line_and_leave_nothing(world, model, data):
     (world / "empty").mkdir(exist_ok=True)
