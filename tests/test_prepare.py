@@ -691,6 +691,13 @@ def test_real_hh_and_sharegpt(toks):
     assert Counter(turns) - Counter(len(r["conversations"]) + 1 for r in raw) == Counter()
 
 
+def test_a_prompt_in_the_words_of_hh_rlhf_ends_before_the_answer(toks, tmp_path):
+    row = dict(prompt="\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: 2?\n\nAssistant:", chosen=" 4", rejected=" 5")
+    rows, _ = build(tmp_path, toks["plain"], [row])
+    assert toks["plain"].decode(rows[0]["prompt"]) == (
+        "<s>### user:\nHi\n\n### assistant:\nYes?</s>\n\n### user:\n2?\n\n### assistant:\n")
+
+
 @pytest.mark.parametrize("size", [2_500, pytest.param(24_000, marks=pytest.mark.soak)])
 def test_a_set_may_have_more_text_than_an_array_can_hold(size, toks, tmp_path, monkeypatch):
     """An arrow array of texts ends at 2 GiB, which UltraChat's dialogues are above. Here `meta` has 2.2 GiB in the long form; in the short
