@@ -275,7 +275,7 @@ def learning_rate(step, steps, peak, warmup=0.1):
 
 def update(scorer, optimizer, lr, clip, loss=0.0, step=0, ids=(), *values):
     """Clip by global norm, step, clear. Returns the norm, and the signal that any rank got, or 0.
-    No step but ValueError if not finite; it names those of `ids`, rows, whose values (., G) are."""
+    No step but ValueError if not finite; of rows, `ids`, those whose values (., G) are not."""
     norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), clip).full_tensor()
     both = torch.stack([norm, norm.new_full((), max(SIGNALS, default=0))])  # one host sync for both
     dist.all_reduce(both, dist.ReduceOp.MAX)
