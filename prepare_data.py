@@ -136,8 +136,7 @@ def toy_model(out, seed):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tok), hidden_size=128, intermediate_size=384,
         num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512, bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)).save_pretrained(out)
-    tok.save_pretrained(out)
-    return out
+    return Path(tok.save_pretrained(out)[0]).parent
 
 # --------------------------------------------------------------------------- sources and shapes
 SPLIT = r"(?<![a-z])(train|test|validation|val|dev|raw|filtered)(?![a-z])"
@@ -356,27 +355,28 @@ def parse_source(source, seed, kind, excluded=()):
     return parsed, dict(rows_in=len(raw), shapes=dict(shapes), dropped=dropped, source=source)
 
 def build(source, tok, args, kind, excluded=()):
-    """A source -> (its `datasets.Dataset`, its part of the report)."""
-    from datasets import Dataset, Features, List, Value, concatenate_datasets
+    """A source -> (its `datasets.Dataset`, its report). In pieces and on disk: it may be large."""
+    from datasets import Dataset, Features, List, Value, concatenate_datasets as join, load_from_disk
     text, ids, what = Value("string"), List(Value("int32")), "sft" if kind == "sft" else "prefs"
     rows, report = parse_source(source, args.seed, what, () if kind == "eval" else excluded)
     encode = encode_officially if args.official_quirks and kind == "eval" else encode_row
     raw = Features(id=text, prompt=List(dict(role=text, content=text)), responses=List(text),
                    scores=List(Value("float64")), domain=text, style=ids, meta=text)
-    made = Features(raw | dict(prompt=ids, responses=List(ids), dropped=List(text)))
-    rows = [Dataset.from_list(rows[k : k + 2000], raw) for k in range(0, len(rows), 2000)]  # arrays end at 2 GiB
-    rows = concatenate_datasets(rows).map(encode, fn_kwargs=dict(tok=tok, max_length=args.max_length), features=made,
-        desc=f"tokenise {source}", num_proc=min(32, os.cpu_count()) if report["rows_in"] > 300 else None)
+    rows = join([Dataset.from_list(rows[k : k + 2000], raw) for k in range(0, len(rows), 2000)])
+    with tempfile.TemporaryDirectory() as draft:  # what is mapped from there outlives its name
+        rows.save_to_disk(draft)
+        rows = load_from_disk(draft).map(encode, fn_kwargs=dict(max_length=args.max_length, tok=tok),
+            features=Features(raw | dict(prompt=ids, responses=List(ids), dropped=List(text))),
+            desc=f"tokenise {source}", num_proc=min(32, os.cpu_count()) if report["rows_in"] > 300 else None)
     for reasons, responses in zip(rows["dropped"], rows["responses"]):
         report["dropped"].update([f"{x} (one of a list)" for x in reasons] if responses else reasons[:1])
     rows = rows.select([k for k, x in enumerate(rows["responses"]) if x]).remove_columns("dropped")
     check(len(rows), f"{source}: nothing is left of {report['rows_in']} rows; dropped {dict(report['dropped'])}")
-    asked, lengths = [*map(len, rows["prompt"])], [[*map(len, responses)] for responses in rows["responses"]]
-    lists = [[*zip(sizes, scores)] for sizes, scores in zip(lengths, rows["scores"])]
-    wins = [n > m for items in lists for n, x in items for m, y in items if x > y]
+    asks, lengths = [*map(len, rows["prompt"])], [[*map(len, responses)] for responses in rows["responses"]]
+    won = [n > m for r in zip(lengths, rows["scores"]) for n, x in zip(*r) for m, y in zip(*r) if x > y]
     percentiles = lambda x: {f"p{p}": sorted(x)[(len(x) - 1) * p // 100] for p in (5, 50, 95, 100)}
     return rows, report | dict(dropped=dict(report["dropped"]), kept=len(rows),
-        longer_wins=round(sum(wins) / len(wins), 4) if wins else None, prompt_tokens=percentiles(asked),
+        longer_wins=round(sum(won) / len(won), 4) if won else None, prompt_tokens=percentiles(asks),
         response_tokens=percentiles([n for sizes in lengths for n in sizes]))
 
 def fingerprint(path, whole=False):
