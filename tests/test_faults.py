@@ -292,7 +292,7 @@ def test_log_probs_that_are_not_finite_name_step_and_rows(loss, align, models, t
 
 
 def test_a_loss_that_is_not_finite_names_the_pairs_at_fault_alone(align, data, tmp_path):
-    """odpo takes the logarithm of a gap, which these margins make negative for one pair of a batch of nine."""
+    """odpo takes the logarithm of a gap, which these margins make negative for one pair of the batch of 19."""
     from prepare_data import fingerprint
 
     margins = tmp_path / "m.json"
